@@ -1,0 +1,1 @@
+"""The coordinator: one light process that aggregates masked updates and can read only the sum."""

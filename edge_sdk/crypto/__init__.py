@@ -1,0 +1,1 @@
+"""Cryptography of the aggregation: small pure modules, entropy as an argument, nothing kept between calls."""

@@ -1,0 +1,1 @@
+"""Export: a PyTorch model becomes a bundle that a device can train."""
