@@ -182,6 +182,9 @@ class FleetEpoch:
         frozen = epoch.frozen
         if frozen.fleet != authority_key:
             raise PeerError("epoch: it is another fleet's")
+        if frozen.corrupt_devices >= frozen.roster_size:
+            # beyond it the tail that bounds a drawn committee's corrupt members would mean nothing
+            raise PeerError(f"epoch: {frozen.corrupt_devices} corrupt devices in a roster of {frozen.roster_size}")
         try:
             self.thresholds = plan.thresholds(
                 frozen.committee, frozen.committee_size, frozen.roster_size, frozen.corrupt_devices
