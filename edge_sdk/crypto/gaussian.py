@@ -2,7 +2,7 @@
 
 P(k) is proportional to exp(-k^2 / (2 sigma^2)) over the integers. A sample compares a uniform 128-bit number with the
 cumulative distribution; most of the time its first 16 bits settle it, so they go through a table and only the few
-words that a boundary cuts (about one in 800 at sigma = 4.5) read the other 112. The result is that of the full
+words that a boundary cuts (about one in 1600 at sigma = 4.5) read the other 112. The result is that of the full
 128-bit comparison: at most 2^-120 from the ideal distribution per sample (docs/protocol.md section 2.3).
 
 The table look-up and the rare second reading depend on secret values: this is not constant time
@@ -73,12 +73,17 @@ class GaussianTable:
 
 
 def _weights(numerator: int, denominator: int) -> list[int]:
-    """exp(-k^2 / (2 sigma^2)) * 2^192 as integers, k = -T..T, with T = ceil(13.5 sigma): P(|k| > T) < 2^-130."""
+    """exp(-k^2 / (2 sigma^2)) * 2^192 as integers, k = -T..T, with T = ceil(13.5 sigma): P(|k| > T) < 2^-130.
+
+    T is less where these integers reach zero before it.
+    """
     bound = -(-27 * numerator // (2 * denominator))
     with localcontext() as context:
         context.prec = 80
         exponent = Decimal(denominator * denominator) / Decimal(2 * numerator * numerator)
         half = [int((-k * k * exponent).exp() * (1 << 192)) for k in range(bound + 1)]
+    # A tiny sigma's outer weights are zero; kept, they would put boundaries at 2^128, which no 128-bit number reaches.
+    half = [weight for weight in half if weight]
     return half[:0:-1] + half
 
 

@@ -58,7 +58,8 @@ class ShortFactor:
     def __init__(self, coefficients: NDArray[np.int64]) -> None:
         if coefficients.shape != (DEGREE,) or coefficients.dtype != np.int64:
             raise ParameterError(f"a factor is int64 ({DEGREE},), not {coefficients.dtype} {coefficients.shape}")
-        if np.abs(coefficients).max() > 10**6:
+        # Not by abs(): that of the smallest int64 is negative.
+        if coefficients.max() > 10**6 or coefficients.min() < -(10**6):
             raise ParameterError("a short factor's coefficients must not pass 10^6")
         self._limbs: list[tuple[int, NDArray[np.complex128]]] = []
         rest, weight = coefficients, 1
@@ -72,7 +73,13 @@ class ShortFactor:
         return f"ShortFactor(limbs={len(self._limbs)})"
 
     def multiply_into(self, blocks: NDArray[np.uint32], out: NDArray[np.uint32]) -> None:
-        """out = this factor times each block, modulo 2^32 and X^2048 + 1.  Both uint32, (blocks, 2048)."""
+        """out = this factor times each block, modulo 2^32 and X^2048 + 1.  Both uint32, (blocks, 2048).
+
+        `out` may be `blocks`.  Raises ParameterError on another shape or type.
+        """
+        for array in (blocks, out):
+            if array.dtype != np.uint32 or array.ndim != 2 or array.shape != (len(blocks), DEGREE):
+                raise ParameterError(f"blocks are uint32 (count, {DEGREE}), not {array.dtype} {array.shape}")
         for start in range(0, len(blocks), _CHUNK_BLOCKS):
             chunk = slice(start, start + _CHUNK_BLOCKS)
             self._multiply_chunk(blocks[chunk], out[chunk])

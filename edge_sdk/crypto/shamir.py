@@ -156,7 +156,7 @@ def error_positions(points: Sequence[int], values: Sequence[int], degree_bound: 
     Welch and Berlekamp: find E of degree `errors`, monic, and Q of degree < degree_bound + errors with
     Q(x) = y E(x) at every point; the polynomial is Q / E.
     """
-    if errors <= 0:
+    if errors < 0:
         return None
     rows = []
     for x, y in zip(points, values, strict=True):
