@@ -1,0 +1,49 @@
+"""Backward operators in terms of forward ones that both back ends have, and the clean-up of a traced graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._decomp import core_aten_decompositions
+
+aten = torch.ops.aten
+
+
+def _threshold_backward(grad: Tensor, self: Tensor, threshold: float) -> Tensor:
+    """ReLU's: `self` is its output, never negative, so its sign is the mask. A product, where a selection is slow."""
+    if threshold == 0:
+        return grad * torch.sign(self)
+    return grad * (self > threshold).to(grad.dtype)
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    **core_aten_decompositions(),
+    aten.threshold_backward.default: _threshold_backward,
+}
+for _kept in (aten.addmm.default,):
+    DECOMPOSITIONS.pop(_kept, None)
+
+_IDENTITY = (aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default)
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
+
+
+def simplify(module: fx.GraphModule) -> None:
+    """Remove what does nothing, share what is computed twice, drop what nobody reads. In place."""
+    from torch._functorch.compile_utils import fx_graph_cse
+
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in _IDENTITY:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.op == "call_function" and node.target in _VIEWS:
+            # Strides were those of the traced tensors; at run time a kernel may choose others, and neither back end
+            # has strides at all.
+            node.target = aten.reshape.default
+    module.graph = fx_graph_cse(graph)
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()

@@ -1,0 +1,396 @@
+"""A PyTorch model and a loss become one training step as an ordinary inference graph (docs/training-graph.md).
+
+`capture` exports the forward pass, finds every use of every trainable parameter (`layers.recorder`), finds where the
+examples lie (`layers.probe`), and traces forward, one batch backward pass, per-example norms, clipping and the weighted
+sums into one graph of plain operators. ONNX and ExecuTorch are made from that graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.func import functional_call, grad, vjp, vmap
+
+import export.layers.convolution
+import export.layers.linear
+import export.layers.normalization
+import export.layers.pooling
+import export.layers.sequence  # noqa: F401  (the handlers register themselves)
+from export.decompositions import DECOMPOSITIONS, simplify
+from export.errors import UnsupportedModelError
+from export.layers.probe import probe
+from export.layers.recorder import Layout, Recorder, Recording, Tap
+from export.layers.uses import Dense, Use, guard, merge, to_dense
+from export.losses import Loss, resolve_loss
+
+Unit = Literal["device", "example"]
+Role = Literal["shared", "local", "frozen", "buffer"]
+_LARGEST = 3.0e38  # below float32's largest: what is above it, or NaN, does not count
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """What a user's function returns.
+
+    model: in the mode (train or eval) that training is to see.  loss: a name ("cross_entropy",
+    "binary_cross_entropy", "mse") or a callable (output, y) -> (B,) losses, one for each example.
+    inputs: one example input tensor each, without the batch axis (values do not matter, shape and dtype do).
+    label: likewise one label.  local, frozen: names or prefixes of parameters that stay on the device, or do not train.
+    """
+
+    model: nn.Module
+    loss: str | Callable[[Tensor, Tensor], Tensor]
+    inputs: Sequence[Tensor]
+    label: Tensor
+    local: Sequence[str] = ()
+    frozen: Sequence[str] = ()
+    name: str = "model"
+    vocabulary: int | None = None
+    """For integer inputs: they lie in [0, vocabulary). Found from the embedding if not given."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor of the model: its fully qualified name, its role and its first value."""
+
+    name: str
+    role: Role
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How one parameter's per-example gradients are had: a "fast" rule or the "fallback", and why."""
+
+    parameter: str
+    path: Literal["fast", "fallback"]
+    reason: str
+
+
+@dataclass(frozen=True)
+class CapturedStep:
+    """The training step and the predict graph as fx graphs of plain operators, with names for every input and output."""
+
+    train: fx.GraphModule
+    predict: fx.GraphModule
+    parameters: tuple[Parameter, ...]
+    train_inputs: tuple[str, ...]
+    train_outputs: tuple[str, ...]
+    train_example: tuple[Tensor, ...] = field(repr=False)
+    predict_inputs: tuple[str, ...] = ()
+    predict_example: tuple[Tensor, ...] = field(repr=False, default=())
+    report: tuple[LayerReport, ...] = ()
+
+
+def capture(spec: TrainingSpec, unit: Unit, batch: int, proximal: bool = False) -> CapturedStep:
+    """One training step of `spec` at a fixed batch size.
+
+    Raises UnsupportedModelError, naming the layer and a remedy, for a model that cannot be clipped per example.
+    """
+    if batch < 1:
+        raise UnsupportedModelError(f"a batch of {batch}")
+    builder = _Builder(spec, unit, batch, proximal)
+    return builder.build()
+
+
+class _Builder:
+    def __init__(self, spec: TrainingSpec, unit: Unit, batch: int, proximal: bool) -> None:
+        self.spec, self.unit, self.batch, self.proximal = spec, unit, batch, proximal
+        self.loss: Loss = resolve_loss(spec.loss)
+        self.inputs = [x.detach().unsqueeze(0).expand(batch, *x.shape).contiguous() for x in spec.inputs]
+        self.label = spec.label.detach().unsqueeze(0).expand(batch, *spec.label.shape).contiguous()
+        for tensor in self.inputs:
+            if tensor.dtype not in (torch.float32, torch.int64, torch.int32):
+                raise UnsupportedModelError(f"an input of {tensor.dtype}: use float32, int64 or int32")
+        self.parameters = _parameters(spec)
+        self.trainable = [p for p in self.parameters if p.role in ("shared", "local")]
+        if not any(p.role == "shared" for p in self.trainable):
+            raise UnsupportedModelError("no parameter is shared: there is nothing to aggregate")
+        program = _export(spec.model, self.inputs)
+        signature = program.graph_signature
+        self.placeholder_of = {
+            **{name: node for node, name in signature.inputs_to_parameters.items()},
+            **{name: node for node, name in signature.inputs_to_buffers.items()},
+        }
+        self.constants = {
+            node: program.constants[name] for node, name in signature.inputs_to_lifted_tensor_constants.items()
+        }
+        self.example_nodes = list(signature.user_inputs)
+        mutated = list(signature.buffers_to_mutate.values())
+        trained = [self.placeholder_of[p.name] for p in self.trainable if p.name in self.placeholder_of]
+        self.recorder = Recorder(program.graph_module.graph, trained, self.example_nodes)
+        # The fallback differentiates the same graph for one example: every rewriting holds there too.
+        one = _export(spec.model, [x[:1] for x in self.inputs])
+        self.single = Recorder(one.graph_module.graph, (), self.example_nodes)
+        self.layouts = self._probe()
+        if mutated:
+            raise UnsupportedModelError(f"the model changes its buffer {mutated[0]} while it runs: call .eval() on it")
+
+    def _probe(self) -> tuple[Layout, ...]:
+        generator = torch.Generator().manual_seed(0)  # probing only: nothing secret, the same at every build
+
+        def noise(like: Tensor) -> Tensor:
+            if like.is_floating_point():
+                return torch.randn(like.shape, generator=generator, dtype=like.dtype)
+            high = self.spec.vocabulary or _smallest_table(self.spec.model) or 2
+            return torch.randint(0, high, like.shape, generator=generator, dtype=like.dtype)
+
+        values = {
+            self.placeholder_of[p.name]: p.value + 0.05 * noise(p.value) if p.role != "buffer" else p.value
+            for p in self.parameters
+            if p.name in self.placeholder_of
+        }
+        values.update(self.constants)
+        first = dict(zip(self.example_nodes, map(noise, self.inputs), strict=True))
+        second = dict(zip(self.example_nodes, map(noise, self.inputs), strict=True))
+        return probe(self.recorder, values, first, second, self.batch).layouts
+
+    def build(self) -> CapturedStep:
+        names = [p.name for p in self.parameters]
+        count = len(self.inputs)
+        input_names = ["x"] if count == 1 else [f"x{i}" for i in range(count)]
+        values = [p.value for p in self.parameters]
+        scalar = torch.ones(())
+        if self.unit == "example":
+            extra_names, extra = ["clip"], [scalar]
+        else:
+            extra_names, extra = ["lr"], [scalar]
+            if self.proximal:
+                extra_names += ["mu", *(f"anchor.{p.name}" for p in self.trainable)]
+                extra += [scalar, *(p.value for p in self.trainable)]
+        example = (*values, *self.inputs, self.label, torch.ones(self.batch), *extra)
+        output_names: list[str] = []
+        report: list[LayerReport] = []
+
+        def step(*flat: Tensor) -> tuple[Tensor, ...]:
+            parameters = dict(zip(names, flat[: len(names)], strict=True))
+            rest = flat[len(names) :]
+            inputs, label, mask, scalars = rest[:count], rest[count], rest[count + 1], rest[count + 2 :]
+            outputs = self._step(parameters, inputs, label, mask, scalars, report)
+            output_names[:] = outputs.keys()
+            return tuple(outputs.values())
+
+        train = make_fx(step, decomposition_table=DECOMPOSITIONS, tracing_mode="fake")(*example)
+        simplify(train)
+
+        evaluation = _copy_in_eval(self.spec.model)
+
+        def forward(*flat: Tensor) -> Tensor:
+            state = dict(zip(names, flat[: len(names)], strict=True))
+            result: Tensor = functional_call(evaluation, state, tuple(flat[len(names) :]))
+            return result
+
+        with torch.no_grad():
+            predict_example = (*values, *self.inputs)
+            predict = make_fx(forward, decomposition_table=DECOMPOSITIONS, tracing_mode="fake")(*predict_example)
+            simplify(predict)
+        return CapturedStep(
+            train,
+            predict,
+            tuple(self.parameters),
+            (*names, *input_names, "y", "mask", *extra_names),
+            tuple(output_names),
+            example,
+            (*names, *input_names),
+            predict_example,
+            tuple(dict.fromkeys(report)),
+        )
+
+    def _step(
+        self,
+        parameters: Mapping[str, Tensor],
+        inputs: Sequence[Tensor],
+        label: Tensor,
+        mask: Tensor,
+        scalars: Sequence[Tensor],
+        report: list[LayerReport],
+    ) -> dict[str, Tensor]:
+        values = {self.placeholder_of[n]: v for n, v in parameters.items() if n in self.placeholder_of}
+        values.update(self.constants)
+        values.update(zip(self.example_nodes, inputs, strict=True))
+        with torch.enable_grad():
+            recording = self.recorder.run(values)
+            output = _first(recording.output)
+            losses = self.loss.per_example(output, label)
+            if losses.shape != (self.batch,):
+                raise UnsupportedModelError(
+                    f"the loss gives {tuple(losses.shape)} for a batch of {self.batch}: it must give one value for each "
+                    "example; do not reduce over the batch"
+                )
+            uses = self._uses(recording, losses, values, report)
+        losses = losses.detach()
+        for p in self.trainable:
+            if p.name not in uses:
+                uses[p.name] = self._fallback(p.name, parameters, inputs, label, recording, report)
+        shared = [p for p in self.trainable if p.role == "shared"]
+        gradients: dict[str, Tensor]
+        if self.unit == "example":
+            clip = scalars[0]
+            squared = torch.stack([uses[p.name].squared_norms() for p in shared]).sum(0)
+            counted = (mask > 0) & (squared + losses.abs() <= _LARGEST)
+            norms = squared.sqrt()
+            weights = torch.where(counted, clip / torch.maximum(norms, clip), torch.zeros(()))
+            plain = counted.to(losses.dtype)
+            gradients = {
+                f"{'grad' if p.role == 'shared' else 'local_grad'}.{p.name}": uses[p.name].weighted_sum(
+                    weights if p.role == "shared" else plain, counted
+                )
+                for p in self.trainable
+            }
+            clipped = (plain * (norms > clip).to(losses.dtype)).sum()
+        else:
+            counted = (mask > 0) & (losses.abs() <= _LARGEST)
+            plain = counted.to(losses.dtype)
+            weights = plain / plain.sum().clamp(min=1.0)
+            clipped = torch.zeros(())
+            gradients = {}
+            for p in self.trainable:
+                g = uses[p.name].weighted_sum(weights, counted)
+                if self.proximal:
+                    anchor = scalars[2 + [q.name for q in self.trainable].index(p.name)]
+                    g = g + scalars[1] * (parameters[p.name] - anchor)
+                gradients[f"new.{p.name}"] = parameters[p.name] - scalars[0] * g
+        total = plain.sum()
+        correct = self.loss.correct(output.detach(), label)
+        return {
+            **gradients,
+            "loss": guard(losses, counted).sum(),
+            "correct": guard(correct.to(losses.dtype), counted).sum(),
+            "count": total,
+            "clipped": clipped,
+            "invalid": (mask > 0).to(losses.dtype).sum() - total,
+        }
+
+    def _uses(
+        self, recording: Recording, losses: Tensor, values: Mapping[str, Tensor], report: list[LayerReport]
+    ) -> dict[str, Use]:
+        """Per parameter, all its uses as one. Parameters in the recording's fallback are left out."""
+        by_name = {self.placeholder_of[p.name]: p.name for p in self.trainable if p.name in self.placeholder_of}
+        taps = [
+            (tap, layout)
+            for tap, layout in zip(recording.taps, self.layouts, strict=True)
+            if not self.recorder.roots[tap.source] & recording.fallback.keys()
+        ]
+        outputs = list({id(tap.output): tap.output for tap, _ in taps}.values())
+        found = torch.autograd.grad(losses.sum(), outputs, allow_unused=True) if outputs else ()
+        gradient_of = {id(o): torch.zeros_like(o) if g is None else g for o, g in zip(outputs, found, strict=True)}
+        gathered: dict[str, list[tuple[Tap, Use]]] = {}
+        for tap, layout in taps:
+            (root,) = self.recorder.roots[tap.source]
+            use = tap.build(layout, gradient_of[id(tap.output)].detach(), tap.inputs)
+            gathered.setdefault(root, []).append((tap, use))
+        uses: dict[str, Use] = {}
+        for root, pairs in gathered.items():
+            name = by_name[root]
+            sources = {tap.source for tap, _ in pairs}
+            if len(sources) == 1:
+                (source,) = sources
+                merged = merge([use for _, use in pairs])
+                if source.op != "placeholder":
+                    merged = self._through_views(to_dense(merged), source, values[root])
+            else:
+                # Views of one parameter may overlap, so the norm is only known on the parameter itself.
+                parts = [self._through_views(to_dense(use), tap.source, values[root]) for tap, use in pairs]
+                merged = merge(list(parts))
+            uses[name] = merged
+            kinds = sorted({type(use).__name__.lower() for _, use in pairs})
+            report.append(LayerReport(name, "fast", f"{'+'.join(kinds)}, {len(pairs)} use{'s' * (len(pairs) > 1)}"))
+        for p in self.trainable:
+            placeholder = self.placeholder_of.get(p.name)
+            if placeholder not in gathered and placeholder not in recording.fallback:
+                zero = torch.zeros((self.batch, *p.value.shape))
+                uses[p.name] = Dense(zero)
+                report.append(LayerReport(p.name, "fast", "not used: its gradient is zero"))
+        return uses
+
+    def _through_views(self, use: Dense, source: fx.Node, parameter: Tensor) -> Dense:
+        """A gradient with respect to a view of a parameter, as one with respect to the parameter."""
+        chain = [source]
+        while chain[-1].op == "call_function":
+            chain.append(chain[-1].all_input_nodes[0])
+        chain.reverse()
+
+        def view(value: Tensor) -> Any:
+            env: dict[fx.Node, Any] = {chain[0]: value}
+            for node in chain[1:]:
+                args = fx.map_arg(node.args, lambda n: env[n])
+                env[node] = node.target(*args, **node.kwargs)
+            return env[source]
+
+        _, pull = vjp(view, parameter)
+        return Dense(vmap(lambda g: pull(g)[0])(use.g))
+
+    def _fallback(
+        self,
+        name: str,
+        parameters: Mapping[str, Tensor],
+        inputs: Sequence[Tensor],
+        label: Tensor,
+        recording: Recording,
+        report: list[LayerReport],
+    ) -> Use:
+        """Exact for whatever PyTorch can differentiate: one gradient for each example."""
+        values = {self.placeholder_of[n]: v for n, v in parameters.items() if n in self.placeholder_of}
+        values.update(self.constants)
+
+        def single(value: Tensor, xs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+            examples = {node: x[None] for node, x in zip(self.example_nodes, xs, strict=True)}
+            output = _first(self.single.run({**values, self.placeholder_of[name]: value, **examples}).output)
+            return self.loss.per_example(output, y[None])[0]
+
+        reason = recording.fallback.get(self.placeholder_of[name], "")
+        report.append(LayerReport(name, "fallback", reason))
+        g = vmap(grad(single), in_dims=(None, 0, 0))(parameters[name], tuple(inputs), label)
+        return Dense(g.detach())
+
+
+def _parameters(spec: TrainingSpec) -> list[Parameter]:
+    def matches(name: str, patterns: Sequence[str]) -> bool:
+        return any(name == p or name.startswith(p.rstrip(".") + ".") for p in patterns)
+
+    found: list[Parameter] = []
+    for name, value in spec.model.named_parameters():
+        if value.dtype != torch.float32:
+            raise UnsupportedModelError(f"parameter {name} is {value.dtype}: only float32 can be trained")
+        frozen = not value.requires_grad or matches(name, spec.frozen)
+        role: Role = "frozen" if frozen else "local" if matches(name, spec.local) else "shared"
+        found.append(Parameter(name, role, value.detach().clone()))
+    for name, value in spec.model.named_buffers():
+        found.append(Parameter(name, "buffer", value.detach().clone()))
+    known = [p.name for p in found]
+    for pattern in (*spec.local, *spec.frozen):
+        if not any(matches(name, [pattern]) for name in known):
+            raise UnsupportedModelError(f"{pattern!r} is no parameter of the model; it has {', '.join(known)}")
+    return found
+
+
+def _export(model: nn.Module, inputs: Sequence[Tensor]) -> torch.export.ExportedProgram:
+    try:
+        return torch.export.export(model, tuple(inputs))
+    except Exception as error:  # noqa: BLE001  (torch.export has no base class of its own for what it refuses)
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModelError(
+            f"the forward pass cannot be captured as one graph: {first}. Control flow that depends on the data cannot be "
+            "trained on a device: use torch.where, or fixed loops."
+        ) from error
+
+
+def _first(output: Any) -> Tensor:
+    result: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return result
+
+
+def _copy_in_eval(model: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(model).eval()
+
+
+def _smallest_table(model: nn.Module) -> int | None:
+    sizes = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    return min(sizes, default=None)

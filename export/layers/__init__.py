@@ -1,0 +1,1 @@
+"""How each kind of operation gives per-example gradients: `uses` holds the arithmetic, `recorder` finds the uses."""

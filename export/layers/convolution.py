@@ -1,0 +1,152 @@
+"""Convolutions in one and two dimensions: stride, padding, dilation, groups, depthwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from export.layers.linear import arguments, source_of
+from export.layers.recorder import Layout, Recorder, aten, handles
+from export.layers.uses import Dense, Use
+
+
+@handles(aten.conv2d.default, aten.conv1d.default, aten.conv2d.padding, aten.conv1d.padding)
+def convolution(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    (xn, x), (wn, w), (bn, b), (_, stride), (_, padding), (_, dilation), (_, groups) = arguments(
+        node, args, kwargs, "input", "weight", "bias", "stride", "padding", "dilation", "groups"
+    )
+    dims = w.dim() - 2
+    if not recorder.depends[xn] or recorder.depends[wn] or x.dim() != w.dim():
+        return None
+    stride, dilation, groups = _each(stride, dims), _each(dilation, dims), groups or 1
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, w.shape[2:], strict=True)]
+        if any(t % 2 for t in total):
+            return None  # uneven padding: the fallback is exact
+        padding = [t // 2 for t in total]
+    padding = _each(padding or 0, dims)
+    if dims == 1:
+        output = convolve(x[:, :, None], w[:, :, None], None, (1, *stride), (0, *padding), (1, *dilation), groups)
+        output = output[:, :, 0]
+    else:
+        output = convolve(x, w, None, stride, padding, dilation, groups)
+    if b is not None:
+        output = output + b.reshape(-1, *[1] * dims)
+    kernel = tuple(w.shape[2:])
+
+    def weight_use(layout: Layout, grad: Tensor, inputs: tuple[Tensor, ...]) -> Use:
+        if layout.axis != 0 or grad.shape[0] != layout.batch:
+            raise ValueError("a convolution whose first axis is not the batch")
+        a = inputs[0]
+        if dims == 1:
+            g = kernel_gradients(
+                a[:, :, None], grad[:, :, None], (1, *kernel), (1, *stride), (0, *padding), (1, *dilation), groups
+            )
+            return Dense(g[:, :, :, 0])
+        return Dense(kernel_gradients(a, grad, kernel, stride, padding, dilation, groups))
+
+    def bias_use(layout: Layout, grad: Tensor, inputs: tuple[Tensor, ...]) -> Use:
+        return Dense(grad.flatten(2).sum(2))
+
+    return recorder.tap(output, [(source_of(recorder, wn), (x,), weight_use), (source_of(recorder, bn), (), bias_use)])
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    values = [1] if value is None else [value] if isinstance(value, int) else list(value)
+    return tuple(values * dims if len(values) == 1 else values)
+
+
+def convolve(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """A 2-d convolution whose backward pass is traced in the form that is fast at run time."""
+    result = _Convolution.apply(x, w, stride, padding, dilation, groups)
+    return result if bias is None else result + bias.reshape(-1, 1, 1)
+
+
+class _Convolution(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
+        return F.conv2d(x, w, None, stride, padding, dilation, groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        x, w, *geometry = inputs
+        ctx.save_for_backward(x, w)
+        ctx.geometry = geometry
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, w = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        of_x = of_w = None
+        if ctx.needs_input_grad[0]:
+            of_x = input_gradient(grad, w, x.shape, stride, padding, dilation, groups)
+        if ctx.needs_input_grad[1]:  # only in the fallback, which differentiates the parameters themselves
+            of_w = kernel_gradients(x, grad, tuple(w.shape[2:]), stride, padding, dilation, groups).sum(0)
+        return of_x, of_w, None, None, None, None
+
+
+def input_gradient(
+    grad: Tensor,
+    w: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The gradient with respect to a convolution's input.
+
+    At stride 1 it is itself a plain convolution, with the kernel turned round: run times do that faster than a
+    transposed convolution.
+    """
+    rest = [
+        shape[i + 2] - ((grad.shape[i + 2] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (w.shape[i + 2] - 1) + 1)
+        for i in range(2)
+    ]
+    turned_padding = [dilation[i] * (w.shape[i + 2] - 1) - padding[i] for i in range(2)]
+    if all(s == 1 for s in stride) and min(turned_padding) >= 0:
+        o, c = w.shape[:2]
+        turned = w.flip(2, 3).reshape(groups, o // groups, c, *w.shape[2:]).transpose(1, 2)
+        turned = turned.reshape(groups * c, o // groups, *w.shape[2:])
+        return F.conv2d(grad, turned, None, 1, turned_padding, dilation, groups)
+    return F.conv_transpose2d(grad, w, None, stride, padding, rest, groups, dilation)
+
+
+def kernel_gradients(
+    x: Tensor,
+    grad: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """(B, O, C/groups, kh, kw): every example's own kernel gradient, by one grouped convolution.
+
+    The examples become groups: each one's input is correlated with its own output gradient, stride and dilation
+    changing places (Rochette et al. 2019, arXiv:1912.06015). No patches are copied out.
+    """
+    batch, channels = x.shape[:2]
+    out = grad.shape[1]
+    per_group = channels // groups
+    images = x.reshape(batch * groups, per_group, *x.shape[2:]).transpose(0, 1)
+    filters = grad.reshape(batch * out, 1, *grad.shape[2:])
+    g = F.conv2d(images, filters, None, dilation, padding, stride, batch * groups)[:, :, : kernel[0], : kernel[1]]
+    g = g.reshape(per_group, batch, out, *kernel)
+    return g.permute(1, 2, 0, 3, 4)

@@ -1,0 +1,101 @@
+"""Attention and recurrence, written out in operations whose gradients are understood."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from export.errors import UnsupportedModelError
+from export.layers.linear import arguments, source_of
+from export.layers.recorder import Recorder, aten, layer_of, rewrites
+
+
+@rewrites(aten.scaled_dot_product_attention.default)
+def attention(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    (_, q), (_, k), (_, v), (_, mask), (_, p), (_, causal), (_, scale), (_, grouped) = arguments(
+        node, args, kwargs, "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"
+    )
+    if p:
+        raise UnsupportedModelError(f"{layer_of(node)}: attention dropout of {p}. Set it to 0, or call .eval() on it.")
+    if grouped:
+        raise UnsupportedModelError(f"{layer_of(node)}: grouped-query attention; repeat the keys and values instead")
+    scores = torch.matmul(q * (1.0 / math.sqrt(q.shape[-1]) if scale is None else scale), k.transpose(-2, -1))
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            # Not -inf: a row that is masked whole must not make a NaN that poisons its example.
+            mask = torch.where(mask, 0.0, -1e9).to(scores.dtype)
+        scores = scores + mask
+    return torch.matmul(torch.softmax(scores, -1), v)
+
+
+@rewrites(aten.gru.input, aten.lstm.input)
+def recurrent(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """GRU and LSTM, step by step: the input's product for all steps at once, the state's a step at a time."""
+    lstm = node.target is aten.lstm.input
+    x, start, weights, has_biases, layers, dropout, train, bidirectional, batch_first = args
+    if dropout and train and layers > 1:
+        raise UnsupportedModelError(f"{layer_of(node)}: dropout of {dropout} between layers. Set it to 0.")
+    nodes = node.args[2]
+    states = [start[0], start[1]] if lstm else [start]
+    directions = 2 if bidirectional else 1
+    per_layer = 4 if has_biases else 2
+    if len(weights) != layers * directions * per_layer:
+        raise UnsupportedModelError(f"{layer_of(node)}: projections (proj_size) are not supported")
+    if batch_first:
+        x = x.transpose(0, 1)
+    finals: list[list[Tensor]] = [[] for _ in states]
+    for layer in range(layers):
+        outputs = []
+        for direction in range(directions):
+            index = layer * directions + direction
+            own = slice(index * per_layer, (index + 1) * per_layer)
+            hidden = [state[index] for state in states]
+            run, last = _one_direction(recorder, x, hidden, weights[own], nodes[own], lstm, bool(direction))
+            outputs.append(run)
+            for kind, value in enumerate(last):
+                finals[kind].append(value)
+        x = torch.cat(outputs, -1) if directions == 2 else outputs[0]
+    out = x.transpose(0, 1) if batch_first else x
+    return (out, *(torch.stack(values) for values in finals))
+
+
+def _one_direction(
+    recorder: Recorder,
+    x: Tensor,
+    hidden: list[Tensor],
+    weights: Sequence[Tensor],
+    nodes: Sequence[Any],
+    lstm: bool,
+    backwards: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """x (T, B, p) -> outputs (T, B, h) and the last states. Gate order and equations: torch.nn.GRU, torch.nn.LSTM."""
+    sources: list[fx.Node | None] = [source_of(recorder, n) for n in nodes]
+    w_x, w_h = weights[:2]
+    b_x, b_h = (weights[2], weights[3]) if len(weights) == 4 else (None, None)
+    s_bx, s_bh = (sources[2], sources[3]) if len(weights) == 4 else (None, None)
+    from_input = recorder.linear(x, w_x, b_x, (sources[0], s_bx))
+    steps = list(from_input.unbind(0))
+    outputs: list[Tensor] = []
+    h, c = hidden[0], hidden[-1]
+    for step in reversed(steps) if backwards else steps:
+        from_state = recorder.linear(h, w_h, b_h, (sources[1], s_bh), axis=0)
+        if lstm:
+            i, f, g, o = (step + from_state).chunk(4, -1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(c)
+        else:
+            xr, xz, xn = step.chunk(3, -1)
+            hr, hz, hn = from_state.chunk(3, -1)
+            r, z = torch.sigmoid(xr + hr), torch.sigmoid(xz + hz)
+            n = torch.tanh(xn + r * hn)
+            h = n + z * (h - n)
+        outputs.append(h)
+    if backwards:
+        outputs.reverse()
+    return torch.stack(outputs), [h, c] if lstm else [h]

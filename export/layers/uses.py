@@ -1,0 +1,123 @@
+"""Per-example gradients without per-example backward passes ("book-keeping", Bu et al. 2022, arXiv:2210.00038).
+
+One backward pass gives, for every use of a parameter, the gradient b of the summed loss with respect to that use's output;
+example i's own part of it is row i, because examples do not mix. With the use's input a, that determines example i's
+gradient G_i without another pass. A use comes in one of two forms:
+
+- `Outer`: G_i = sum over t of b[i,t] a[i,t]^T (matrix products, embeddings). Its norm can be had from Gram matrices
+  without forming G_i (ghost norms, Li et al. 2021, arXiv:2110.05679), the weighted sum is one matrix product.
+- `Dense`: G_i itself, where it is small or had for free (biases, scales, convolution kernels).
+
+Everything here is plain tensor arithmetic on batch-first tensors and is traced into the training graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Outer:
+    """a: (B, T, p), b: (B, T, q); the gradient of a (q, p) parameter."""
+
+    a: Tensor
+    b: Tensor
+
+    @property
+    def ghost(self) -> bool:
+        """Whether Gram matrices are the cheaper way to the norm than forming G: multiplications, and memory moved."""
+        steps, p, q = self.a.shape[1], self.a.shape[2], self.b.shape[2]
+        return steps == 1 or 2 * steps * steps * (p + q) < 2 * steps * p * q
+
+    def dense(self) -> Dense:
+        return Dense(torch.bmm(self.b.transpose(1, 2), self.a))
+
+    def squared_norms(self) -> Tensor:
+        """(B,): |G_i|^2 = sum over t, u of <a[i,t], a[i,u]> <b[i,t], b[i,u]>."""
+        if self.a.shape[1] == 1:
+            return (self.a * self.a).sum((1, 2)) * (self.b * self.b).sum((1, 2))
+        gram_a = torch.bmm(self.a, self.a.transpose(1, 2))
+        gram_b = torch.bmm(self.b, self.b.transpose(1, 2))
+        return (gram_a * gram_b).sum((1, 2))
+
+    def weighted_sum(self, weights: Tensor, counted: Tensor) -> Tensor:
+        """(q, p): sum over i of weights[i] G_i. What a row that does not count holds, NaN even, is replaced first."""
+        scaled = guard(self.b * weights[:, None, None], counted)
+        flat = guard(self.a, counted).flatten(0, 1)
+        return torch.mm(scaled.flatten(0, 1).t(), flat)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """g: (B, *shape), the examples' gradients of a parameter of that shape."""
+
+    g: Tensor
+
+    def squared_norms(self) -> Tensor:
+        flat = self.g.flatten(1)
+        return (flat * flat).sum(1)
+
+    def weighted_sum(self, weights: Tensor, counted: Tensor) -> Tensor:
+        flat = guard(self.g, counted).flatten(1)
+        return torch.mm(weights[None, :], flat).reshape(self.g.shape[1:])
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """An embedding: G_i has row indices[i, t] += b[i, t].  indices: (B, T) integers, b: (B, T, q), `rows` in the table."""
+
+    indices: Tensor
+    b: Tensor
+    rows: int
+
+    def squared_norms(self) -> Tensor:
+        if self.b.shape[1] == 1:
+            return (self.b * self.b).sum((1, 2))
+        same = (self.indices[:, :, None] == self.indices[:, None, :]).to(self.b.dtype)
+        return (torch.bmm(self.b, self.b.transpose(1, 2)) * same).sum((1, 2))
+
+    def dense(self) -> Dense:
+        return Dense(torch.bmm(self._one_hot().transpose(1, 2), self.b))
+
+    def weighted_sum(self, weights: Tensor, counted: Tensor) -> Tensor:
+        scaled = guard(self.b * weights[:, None, None], counted).flatten(0, 1)
+        # A product with a one-hot matrix: both back ends do it well, and neither scatters with addition well.
+        return torch.mm(self._one_hot().flatten(0, 1).t(), scaled)
+
+    def _one_hot(self) -> Tensor:
+        table = torch.arange(self.rows, device=self.indices.device, dtype=self.indices.dtype)
+        return (self.indices[:, :, None] == table).to(self.b.dtype)
+
+
+Use = Outer | Dense | Indexed
+
+
+def guard(rows: Tensor, counted: Tensor) -> Tensor:
+    """`rows` with zeros in the examples that do not count. counted: (B,) bool. A product with 0 would keep a NaN."""
+    return torch.where(counted.reshape([-1] + [1] * (rows.dim() - 1)), rows, torch.zeros((), dtype=rows.dtype))
+
+
+def merge(uses: list[Use]) -> Use:
+    """All uses of one parameter as one: its gradient is their sum, so norms need the cross terms too."""
+    if len(uses) > 1 and all(isinstance(use, Outer) for use in uses):
+        outers = [use for use in uses if isinstance(use, Outer)]
+        merged: Use = Outer(torch.cat([use.a for use in outers], 1), torch.cat([use.b for use in outers], 1))
+    elif len(uses) > 1 and all(isinstance(use, Indexed) for use in uses):
+        tables = [use for use in uses if isinstance(use, Indexed)]
+        merged = Indexed(
+            torch.cat([use.indices for use in tables], 1), torch.cat([use.b for use in tables], 1), tables[0].rows
+        )
+    elif len(uses) > 1:
+        merged = Dense(torch.stack([to_dense(use).g for use in uses]).sum(0))
+    else:
+        (merged,) = uses
+    if isinstance(merged, Outer) and not merged.ghost:
+        return merged.dense()
+    return merged
+
+
+def to_dense(use: Use) -> Dense:
+    return use if isinstance(use, Dense) else use.dense()

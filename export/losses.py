@@ -1,0 +1,75 @@
+"""Losses as one value for each example, with what counts as a correct answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from export.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Loss:
+    """per_example: (output, y) -> (B,).  correct: (output, y) -> (B,), the share of the example's answers that are right."""
+
+    name: str
+    per_example: Callable[[Tensor, Tensor], Tensor]
+    correct: Callable[[Tensor, Tensor], Tensor]
+
+
+def _rest_mean(values: Tensor) -> Tensor:
+    """(B, ...) -> (B,)."""
+    return values.flatten(1).mean(1) if values.dim() > 1 else values
+
+
+def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
+    """output: (B, ..., classes) scores, y: (B, ...) class numbers; the mean over the middle axes (a sequence's steps)."""
+    classes = torch.arange(output.shape[-1], dtype=y.dtype)
+    chosen = (y.unsqueeze(-1) == classes).to(output.dtype)
+    return _rest_mean(-(torch.log_softmax(output, -1) * chosen).sum(-1))
+
+
+def binary_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
+    """output: (B, ...) scores (before the sigmoid), y: the same shape in [0, 1]; the mean over the rest.
+
+    max(o, 0) - o y + log(1 + exp(-|o|)): no overflow for any score.
+    """
+    y = y.to(output.dtype)
+    return _rest_mean(torch.relu(output) - output * y + torch.log1p(torch.exp(-output.abs())))
+
+
+def mse(output: Tensor, y: Tensor) -> Tensor:
+    """The mean squared difference over all but the batch axis."""
+    difference = output - y.to(output.dtype)
+    return _rest_mean(difference * difference)
+
+
+def _argmax_matches(output: Tensor, y: Tensor) -> Tensor:
+    return _rest_mean((output.argmax(-1) == y).to(output.dtype))
+
+
+def _sign_matches(output: Tensor, y: Tensor) -> Tensor:
+    return _rest_mean(((output > 0) == (y > 0.5)).to(output.dtype))
+
+
+def _none(output: Tensor, y: Tensor) -> Tensor:
+    return torch.zeros(output.shape[0], dtype=output.dtype)
+
+
+LOSSES = {
+    "cross_entropy": Loss("cross_entropy", cross_entropy, _argmax_matches),
+    "binary_cross_entropy": Loss("binary_cross_entropy", binary_cross_entropy, _sign_matches),
+    "mse": Loss("mse", mse, _none),
+}
+
+
+def resolve_loss(loss: str | Callable[[Tensor, Tensor], Tensor]) -> Loss:
+    """A loss by its name, or a user's own per-example callable."""
+    if callable(loss):
+        return Loss(getattr(loss, "__name__", "custom"), loss, _none)
+    if loss not in LOSSES:
+        raise UnsupportedModelError(f"no loss is called {loss!r}: use {', '.join(LOSSES)} or a callable")
+    return LOSSES[loss]
