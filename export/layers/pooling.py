@@ -71,8 +71,11 @@ class _MaxPool(torch.autograd.Function):
             rest = rest - piece
         whole = list(x.shape[2:])
         if (sh, sw) == tuple(kernel) and (dh, dw) == (1, 1):
-            tiles = torch.stack(pieces, 2).reshape(*out.shape[:2], *kernel, height, width)
-            full = tiles.permute(0, 1, 4, 2, 5, 3).reshape(*out.shape[:2], height * sh, width * sw)
+            # Interleave by joining: columns first, then rows. One transposition of six axes is much slower.
+            rows = [
+                torch.stack(pieces[i * sw : (i + 1) * sw], -1).reshape(*out.shape[:3], width * sw) for i in range(sh)
+            ]
+            full = torch.stack(rows, 3).reshape(*out.shape[:2], height * sh, width * sw)
             full = F.pad(full, (0, whole[1] - width * sw, 0, whole[0] - height * sh))
         else:
             full = sum(
