@@ -18,7 +18,7 @@ from edge_sdk.crypto import masks
 from edge_sdk.crypto.hashing import content_hash, derive_key
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.crypto.merkle import merkle_root
-from edge_sdk.crypto.sealing import PREKEY_SEED_BYTES, Sealer, encapsulate
+from edge_sdk.crypto.sealing import PREKEY_SEED_BYTES, Encapsulate, Sealer, encapsulate
 from edge_sdk.crypto.stream import KeyStream
 from edge_sdk.errors import PeerError
 from edge_sdk.protocol import aggregator, member, reference
@@ -97,12 +97,14 @@ def forge(
     sealed: Callable[[list[bytes]], list[bytes]] = lambda blobs: blobs,
     identity: Identity | None = None,
     entropy: bytes | None = None,
+    coins: Encapsulate = encapsulate,
     **header_fields: object,
 ) -> Contribution:
     """A contribution made step by step as `Training.contribute` makes it, each step open to a lie.
 
     message: scaled blocks.  secret: instead of the short one.  masked, values, sealed: change the masked vector, the
-    shares (members, polynomials), the sealed shares.  identity: who signs.  header_fields: put into the header.
+    shares (members, polynomials), the sealed shares.  identity: who signs.  coins: of the encapsulation.
+    header_fields: put into the header.
     """
     device = device_at(fleet, index)
     tid, number_of_members = round_.tid, round_.thresholds.members
@@ -115,7 +117,7 @@ def forge(
         short if secret is None else secret, KeyStream(derive_key(own, "sharing", tid))
     )
     rows = values(shared).astype("<u2")
-    sealer = Sealer(derive_key(own, "sealing key", tid), encapsulate)
+    sealer = Sealer(derive_key(own, "sealing key", tid), coins)
     blobs = sealed(
         [
             sealer.seal(
