@@ -142,7 +142,7 @@ class Manifest(_Part, frozen=True):
         """
         flat = np.empty(self.dimension, dtype=np.float32)
         for name, view in self.unflatten(flat).items():
-            view[...] = _matching(parameters, name, view.shape)
+            view[...] = matching(parameters, name, view.shape)
         return flat
 
     def unflatten(self, vector: F32) -> dict[str, F32]:
@@ -162,7 +162,8 @@ def split(flat: F32, parameters: Iterable[Parameter]) -> dict[str, F32]:
     return views
 
 
-def _matching(parameters: Mapping[str, F32], name: str, shape: tuple[int, ...]) -> F32:
+def matching(parameters: Mapping[str, F32], name: str, shape: tuple[int, ...]) -> F32:
+    """parameters[name], if it is there and float32 of this shape; else ParameterError that names it."""
     if name not in parameters:
         raise ParameterError(f"parameter {name!r} is missing")
     array = parameters[name]
@@ -269,7 +270,7 @@ class Bundle:
             raise PeerError(f"bundle: signed by {signature[:8].hex()}, not by the publisher {publisher_key[:8].hex()}")
         check_signature(publisher_key, LABEL, bytes(manifest_bytes), signature[KEY_BYTES:])
         manifest = _decode_manifest(bytes(manifest_bytes))
-        files = {}
+        files: dict[str, memoryview] = {}
         for entry in manifest.entries:
             content = archive.take(entry.name, entry.size)
             if hashlib.sha256(content).hexdigest() != entry.sha256:
@@ -448,7 +449,7 @@ def _safetensors_header(table: Sequence[Parameter]) -> bytes:
 
 def write_safetensors(table: Sequence[Parameter], parameters: Mapping[str, F32]) -> bytes:
     """`parameters` as a safetensors file, in the table's order. Raises ParameterError that names a wrong parameter."""
-    arrays = [_matching(parameters, parameter.name, parameter.shape) for parameter in table]
+    arrays = [matching(parameters, parameter.name, parameter.shape) for parameter in table]
     return _safetensors_header(table) + b"".join(array.astype("<f4").tobytes() for array in arrays)
 
 
