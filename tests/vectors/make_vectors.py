@@ -28,7 +28,7 @@ from edge_sdk.crypto import masks, ring, sealing, shamir
 from edge_sdk.crypto.gaussian import GaussianTable, gaussian_table
 from edge_sdk.crypto.hashing import content_hash, derive_key, frame, tagged_hash
 from edge_sdk.crypto.identity import Identity, check_signature
-from edge_sdk.crypto.merkle import MerkleTree, check_inclusion
+from edge_sdk.crypto.merkle import MerkleTree, check_inclusion, merkle_root
 from edge_sdk.crypto.stream import KeyStream, uniform_residues
 from edge_sdk.errors import SordinoError
 from edge_sdk.protocol import aggregator, authority, contributor, member, messages, plan
@@ -424,7 +424,8 @@ def sealing_vectors() -> Json:
     ]
     for name, changed, reason in faults:
         case = {**given, **changed}
-        cases.append({"name": name, "step": "open", **case, **refusal(lambda c=case: open_case(c), reason)})
+        failed = refusal(lambda c=case: open_case(c), reason)
+        cases.append({"name": name, "operation": "open", "step": "open", "like": "opening", **changed, **failed})
     for name, public, reason in (
         ("a prekey point of order 8", (bytes.fromhex(LOW_ORDER), prekey.public.mlkem), "not a usable X25519 key"),
         ("an ML-KEM key that is not reduced", (prekey.public.x25519, b"\xff" * 1184), "not a valid ML-KEM-768"),
@@ -436,7 +437,11 @@ def sealing_vectors() -> Json:
             "prekey_mlkem": lattice.hex(), "plaintext": plaintext.hex(), "context": given["context"],
         }  # fmt: skip
         cases.append({"name": name, "step": "seal", **case, **refusal(lambda c=case: seal_case(c), reason)})
-    return {"about": "Shares sealed to hybrid prekeys, X25519 and ML-KEM-768.", "cases": cases}
+    return {
+        "about": "Shares sealed to hybrid prekeys, X25519 and ML-KEM-768. A case that is 'like' another has its fields "
+        "where it gives none of its own.",
+        "cases": cases,
+    }
 
 
 def open_case(case: Json) -> bytes:
@@ -815,7 +820,7 @@ def helpers() -> Fleet:
 
 
 def grouped() -> Fleet:
-    seeds = [fixed("groups/device", i) for i in range(7)]
+    seeds = [fixed("groups/device", i) for i in range(8)]
     return Fleet("groups", "helpers", 1, (1, 2), seeds, [fixed("groups/helper", i) for i in range(3)])
 
 
@@ -1019,7 +1024,11 @@ class Script:
             return type(session).__name__
         return aggregator.phase(self.coordinator)
 
-    def contribute(self, device: int, now_s: int) -> int:
+    def contribute(
+        self, device: int, now_s: int, *, flip_share_of: int | None = None, sealing_key: str | None = None
+    ) -> int:
+        """A dealer that breaks the rules: the last bit of that member's sealed share is the other one, or the header
+        names another sealing key; the header binds it all the same."""
         training = self.devices[device]
         assert isinstance(training, contributor.Training)
         coins = iter(self.coins(device))
@@ -1027,13 +1036,26 @@ class Script:
         sent = training.contribute(
             self.integers(device), self.enrolled(device), self.entropy(device), encapsulate, now_s
         )
-        self.devices[device] = sent
-        self.sent[device] = sent.contribution
+        header, masked, shares = sent.contribution
+        size = self.round.share_bytes
+        if flip_share_of is not None:
+            last = size * flip_share_of - 1
+            shares = shares[:last] + bytes([shares[last] ^ 1]) + shares[last + 1 :]
+        if flip_share_of is not None or sealing_key is not None:
+            changed: Json = {"shares": merkle_root([shares[i : i + size] for i in range(0, len(shares), size)])}
+            if sealing_key is not None:
+                changed["sealing_key"] = bytes.fromhex(sealing_key)
+            stated = msgspec.structs.replace(messages.decode(Header, header.body), **changed)
+            header = sign(self.fleet.identities[device], stated)
+        contribution = contributor.Contribution(header, masked, shares)
+        self.devices[device] = contributor.Sent(self.round, sent.sender, contribution)
+        self.sent[device] = contribution
         return self.note(
             {
                 "success": True, "name": "contributes", "party": f"device {device}", "operation": "contribute",
-                "now_s": now_s, "header": signed_json(sent.contribution.header), "state": "Sent",
-                "masked_sha256": sha256(sent.contribution.masked), "shares_sha256": sha256(sent.contribution.shares),
+                "now_s": now_s, "header": signed_json(header), "state": "Sent",
+                "masked_sha256": sha256(masked), "shares_sha256": sha256(shares),
+                "flip_share_of": flip_share_of, "sealing_key": sealing_key,
             }
         )  # fmt: skip
 
@@ -1143,17 +1165,19 @@ class Script:
 
     # The honest course, in parts.
 
-    def collect(self, devices: Sequence[int]) -> None:
+    def collect(self, devices: Sequence[int], faults: Mapping[int, Json] | None = None) -> None:
         for device in devices:
             self.give(f"device {device}", "takes the ticket", {"ticket": True}, 0)
-            self.contribute(device, 1)
+            self.contribute(device, 1, **(faults or {}).get(device, {}))
             receipt = self.accept("takes it", self.sent[device].header, device, device, 2)
             self.give(f"device {device}", "has its receipt", {"reply_of": receipt}, 3)
 
     def inspect(self, number: int) -> None:
         self.give(f"member {number}", "takes the ticket", {"ticket": True}, 4)
         items = [[device, number] for device in self.sent]
-        self.give(f"member {number}", "opens its shares", {"delivery": items}, 4)
+        opened = self.give(f"member {number}", "opens its shares", {"delivery": items}, 4)
+        if self.replies[opened]:
+            self.give("coordinator", f"a complaint of member {number}", {"reply_of": opened}, 4)
 
     def signed_hex(self, identity: Identity, message: Message) -> Json:
         return {"hex": wrap(type(message), sign(identity, message)).hex()}
@@ -1363,32 +1387,40 @@ def round_helpers() -> Json:
 
 
 def round_groups() -> Json:
-    """Seven devices in two groups: one group opens, one is garbled; a dealer's share that does not open."""
+    """Eight devices in two groups, of which two deal badly.
+
+    Device A's share does not open for member 2, and device B's for nobody: its sealing key is a point of low order.
+    Member 2 complains about two senders, more than may be corrupt, and is not believed on its word alone; more than c
+    members complain about B. So B is left out, A stays, and member 2 has no sum for A's group: the others' open it.
+    """
     script = Script(grouped(), 2, 24)
-    script.collect(range(7))
+    fleet, tid = script.fleet, script.round.tid
+    group_of = [fleet.epoch.group_of(script.enrolled(i).index, 2) for i in range(8)]
+    a, b = group_of.index(0), group_of.index(1)
+    script.collect(range(8), {a: {"flip_share_of": 2}, b: {"sealing_key": LOW_ORDER}})
     for number in (1, 2, 3):
         script.inspect(number)
-    fleet, tid = script.fleet, script.round.tid
     sealed = script.seal(CLOSES_S)
     entries = [
         sorted(
             (script.enrolled(i).index, message_hash(Header, script.sent[i].header.body))
-            for i in range(7)
-            if fleet.epoch.group_of(script.enrolled(i).index, 2) == g
+            for i in range(8)
+            if group_of[i] == g and i != b
         )
         for g in range(2)
     ]
+    assert script.coordinator.groups == tuple(tuple(i for i, _ in group) for group in entries)  # type: ignore[union-attr]
     moved = sorted([*entries[1], entries[0][0]])
     for name, seal, reason in (
         ("the groups exchanged", Seal(tid, entries[::-1]), "is not of group 0"),
         ("a sender moved to another group", Seal(tid, [entries[0][1:], moved]), "is not of group 1"),
-        ("a sender in both groups", Seal(tid, [entries[0], moved]), "more than n_max = 7"),
+        ("a sender in both groups", Seal(tid, [entries[0], moved]), "is not of group 1"),
         ("one group below h + F", Seal(tid, [entries[0], entries[1][:2]]), "group 1 has 2 contributors, 3 needed"),
         ("one group only", Seal(tid, entries[:1]), "1 groups instead of 2"),
     ):
         script.give("member 1", name, script.signed_hex(fleet.coordinator, seal), CLOSES_S, reason)
     finish(script, (1, 2, 3), (1, 2, 3), sealed, garble=True)
-    return script.json("A round of seven devices in two groups, opened one by one.")
+    return script.json("A round of eight devices in two groups, two of which deal badly, opened one by one.")
 
 
 def finish(
@@ -1404,11 +1436,10 @@ def finish(
         script.give("coordinator", f"the release of member {number}", {"reply_of": release}, CLOSES_S)
     if garble:
         script.open("one group is garbled: the other opens", [1, 2047, 1 << 31], "the padding is not zero")
+    sealed_groups = script.coordinator.groups  # type: ignore[union-attr]
     done = script.open("the sums open")
-    groups = script.round.groups
-    for g in range(groups):
-        chosen = [i for i in script.sent if script.fleet.epoch.group_of(script.enrolled(i).index, groups) == g]
-        expected = sum(script.integers(i) for i in chosen)
+    for g, senders in enumerate(sealed_groups):
+        expected = sum(script.integers(i) for i in script.sent if script.enrolled(i).index in senders)
         assert np.array_equal(done.sums[g].signed(script.round.layout.modulus_bits), expected)
 
 

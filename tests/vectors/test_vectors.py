@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from kyber_py.ml_kem import ML_KEM_768
@@ -252,6 +253,8 @@ def fixed_coins(coins: Iterator[str]) -> sealing.Encapsulate:
 
 @all_cases("sealing")
 def test_sealing(file, case):
+    base = next((other for other in FILES[file]["cases"] if other["name"] == case.get("like")), {})
+    case = {**base, **case}
     context = [unhex(part) for part in case["context"]]
 
     def run():
@@ -590,12 +593,27 @@ class Replay:
         integers = np.array(given["integers"], dtype=np.int64)
         coins = fixed_coins(iter(given["coins"]))
         sent = training.contribute(integers, device, unhex(given["entropy"]), coins, step["now_s"])
-        assert sent.contribution.header == signed(step["header"])
-        assert sha256(sent.contribution.masked) == step["masked_sha256"]
-        assert sha256(sent.contribution.shares) == step["shares_sha256"]
-        assert messages.decode(Header, sent.contribution.header.body).group == given["group"]
-        self.devices[i] = sent
-        self.sent[i] = sent.contribution
+        contribution = self.deal_badly(step, sent.contribution, identity)
+        assert contribution.header == signed(step["header"])
+        assert sha256(contribution.masked) == step["masked_sha256"]
+        assert sha256(contribution.shares) == step["shares_sha256"]
+        assert messages.decode(Header, contribution.header.body).group == given["group"]
+        self.devices[i] = contributor.Sent(self.round, sent.sender, contribution)
+        self.sent[i] = contribution
+
+    def deal_badly(
+        self, step: Case, contribution: contributor.Contribution, identity: Identity
+    ) -> contributor.Contribution:
+        """What a dealer changes in its contribution before it signs it, if the step says so."""
+        header = messages.decode(Header, contribution.header.body)
+        shares, size = bytearray(contribution.shares), self.round.share_bytes
+        if step["flip_share_of"]:
+            shares[size * step["flip_share_of"] - 1] ^= 1
+        root = merkle_root([bytes(shares[i : i + size]) for i in range(0, len(shares), size)])
+        header = msgspec.structs.replace(
+            header, shares=root, sealing_key=unhex(step["sealing_key"]) if step["sealing_key"] else header.sealing_key
+        )
+        return contributor.Contribution(messages.sign(identity, header), contribution.masked, bytes(shares))
 
     def accept(self, step: Case, role: str, number: str) -> bytes:
         masked, shares = self.sent[step["masked_of"]].masked, self.sent[step["shares_of"]].shares
@@ -657,7 +675,7 @@ class Replay:
         """The file's own sum is that of its contributors' integers."""
         inputs = [
             given["integers"] for i, given in enumerate(self.content["devices"])
-            if i in self.sent and given["group"] == group
+            if i in self.sent and given["group"] == group and given["index"] in self.state.groups[group]
         ]  # fmt: skip
         assert len(inputs) == expected["contributors"]
         assert np.sum(np.array(inputs), axis=0).tolist() == expected["signed"]
