@@ -114,6 +114,13 @@ def test_a_node_cannot_be_passed_off_as_a_leaf():
         assert merkle_root([content, children[2] + children[3]]) != tree.root
 
 
+def test_a_proof_longer_than_the_tree_is_high_is_refused_as_such():
+    tree = MerkleTree(leaves_of(5))
+    for index in range(5):
+        with pytest.raises(PeerError, match="longer than the tree is high"):
+            check_inclusion(tree.root, 5, index, leaves_of(5)[index], [*tree.proof(index), bytes(32)])
+
+
 def test_an_empty_tree_and_an_index_outside_are_the_callers_fault():
     with pytest.raises(ParameterError, match="at least one leaf"):
         MerkleTree([])

@@ -270,7 +270,7 @@ def test_the_largest_norm_follows_from_the_theorem():
 
 
 def test_every_limb_is_within_the_largest_norm():
-    assert 5 * DEGREE**0.5 < MAX_NORM
+    assert ring._LIMB // 2 * DEGREE**0.5 < MAX_NORM
     assert np.linalg.norm(JUST_BELOW) <= MAX_NORM < np.linalg.norm(JUST_ABOVE)
     assert repr(ShortFactor(JUST_BELOW)) == "ShortFactor(limbs=1)"
     assert repr(ShortFactor(JUST_ABOVE)) == "ShortFactor(limbs=2)"
