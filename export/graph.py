@@ -85,6 +85,8 @@ class CapturedStep:
     predict_inputs: tuple[str, ...] = ()
     predict_example: tuple[Tensor, ...] = field(repr=False, default=())
     report: tuple[LayerReport, ...] = ()
+    vocabulary: int | None = None
+    """Integer inputs lie below it."""
 
 
 def capture(spec: TrainingSpec, unit: Unit, batch: int, proximal: bool = False) -> CapturedStep:
@@ -102,6 +104,7 @@ class _Builder:
     def __init__(self, spec: TrainingSpec, unit: Unit, batch: int, proximal: bool) -> None:
         self.spec, self.unit, self.batch, self.proximal = spec, unit, batch, proximal
         self.loss: Loss = resolve_loss(spec.loss)
+        self.vocabulary = spec.vocabulary or _smallest_table(spec.model)
         self.inputs = [x.detach().unsqueeze(0).expand(batch, *x.shape).contiguous() for x in spec.inputs]
         self.label = spec.label.detach().unsqueeze(0).expand(batch, *spec.label.shape).contiguous()
         for tensor in self.inputs:
@@ -137,7 +140,7 @@ class _Builder:
         def noise(like: Tensor) -> Tensor:
             if like.is_floating_point():
                 return torch.randn(like.shape, generator=generator, dtype=like.dtype)
-            high = self.spec.vocabulary or _smallest_table(self.spec.model) or 2
+            high = self.vocabulary or 2
             return torch.randint(0, high, like.shape, generator=generator, dtype=like.dtype)
 
         values = {
@@ -199,6 +202,7 @@ class _Builder:
             (*names, *input_names),
             predict_example,
             tuple(dict.fromkeys(report)),
+            self.vocabulary,
         )
 
     def _step(
