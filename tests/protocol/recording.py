@@ -20,7 +20,8 @@ from kyber_py.ml_kem import ML_KEM_768
 
 from edge_sdk.crypto.hashing import content_hash, derive_key, tagged_hash
 from edge_sdk.crypto.identity import Identity
-from edge_sdk.crypto.merkle import merkle_root
+from edge_sdk.crypto.merkle import MerkleTree, merkle_root
+from edge_sdk.crypto.sealing import Sealer
 from edge_sdk.errors import PeerError, RoundAborted
 from edge_sdk.protocol import aggregator, authority, contributor, member, messages, reference
 from edge_sdk.protocol.messages import (
@@ -45,7 +46,7 @@ from edge_sdk.protocol.messages import (
     sign,
     wrap,
 )
-from edge_sdk.protocol.rounds import Round, split_shares
+from edge_sdk.protocol.rounds import Round, prekey_public, share_context, split_shares
 
 ENTROPY = hashlib.sha256(b"recorded round").digest()
 DIMENSION = 20
@@ -256,23 +257,23 @@ def _record(fleet: reference.Fleet, groups: int) -> Recording:
         letters.append(Letter(type(message), encode(message), None))
         return letters[-1].wire
 
-    def device_target(name: str, state: contributor.State) -> None:
+    def device_target(name: str, state: contributor.State, now_s: float = NOW_S) -> None:
         terms = contributor.Terms(bytes(32))
         targets.append(
             Target(
                 f"contributor {name}",
                 state,
-                lambda s, data: contributor.step(s, data, epoch, terms, NOW_S),  # type: ignore[arg-type]
+                lambda s, data: contributor.step(s, data, epoch, terms, now_s),  # type: ignore[arg-type]
                 (PeerError, RoundAborted) if isinstance(state, contributor.Idle) else (PeerError,),
             )
         )
 
-    def member_target(name: str) -> None:
+    def member_target(name: str, state: member.MemberState | None = None, now_s: float = NOW_S) -> None:
         targets.append(
             Target(
                 f"member {name}",
-                fleet.members[0],
-                lambda s, data: member.step(s, data, epoch, fleet.committee[0], NOW_S)[0],  # type: ignore[arg-type]
+                state or fleet.members[0],
+                lambda s, data: member.step(s, data, epoch, fleet.committee[0], now_s)[0],  # type: ignore[arg-type]
             )
         )
 
@@ -301,6 +302,7 @@ def _record(fleet: reference.Fleet, groups: int) -> Recording:
     contributions = []
     mail: list[list[tuple[Signed, messages.SealedShare | None]]] = [[] for _ in fleet.committee]
     device_target("idle", idle)
+    device_target("idle too late", idle, round_.ticket.closes_s)
     coordinator_target("open", collecting)
     for number, identity in enumerate(fleet.devices):
         enrolled = fleet.enrolled(identity)
@@ -324,6 +326,10 @@ def _record(fleet: reference.Fleet, groups: int) -> Recording:
     full = collecting
     coordinator_target("full", full)
 
+    bad_dealers = [_deal_badly(fleet, round_, contributions[2], content) for content in _BAD_SHARES]
+    for header, _ in bad_dealers:
+        keep(Header, header, fleet.devices[2])
+
     # Inspect.
     def tell(i: int, data: bytes) -> Signed | None:
         fleet.members[i], reply = member.step(fleet.members[i], data, epoch, fleet.committee[i], NOW_S)
@@ -340,10 +346,16 @@ def _record(fleet: reference.Fleet, groups: int) -> Recording:
         tell(i, ticket)
         if i == 0:
             member_target("inspecting nothing yet")
+            after, _ = member.step(fleet.members[0], wrap(Ticket, later.signed), epoch, fleet.committee[0], NOW_S)
+            member_target("after a later ticket", after)
             tell(i, keep_plain(Delivery(round_.tid, mail[i][:2])))
             tell(i, keep_plain(Delivery(round_.tid, [(header, None) for header, _ in mail[i][2:]])))
             member_target("inspecting")
+            member_target("inspecting too late", now_s=round_.ticket.expires_s)
+            without_shares = fleet.members[0]
         tell(i, keep_plain(Delivery(round_.tid, mail[i])))
+    for dealt in bad_dealers:
+        keep_plain(Delivery(round_.tid, [dealt]))
     complaint = sign(fleet.committee[0], Complaint(round_.tid, 1, [fleet.enrolled(fleet.devices[0]).index]))
     collecting = aggregator.step(full, keep(Complaint, complaint, fleet.committee[0]))  # type: ignore[assignment]
     coordinator_target("with a complaint", collecting)
@@ -364,6 +376,9 @@ def _record(fleet: reference.Fleet, groups: int) -> Recording:
         if i == 0:
             coordinator_target("with a signature", state)
             member_target("committed")
+            member_target("committed too late", now_s=round_.ticket.expires_s)
+            without_shares, _ = member.step(without_shares, seal, epoch, fleet.committee[0], NOW_S)
+            member_target("committed without shares", without_shares)
     assert isinstance(state, aggregator.Certified)
     coordinator_target("certified", state)
     certificate = keep_plain(state.certificate)
@@ -394,6 +409,25 @@ def _record(fleet: reference.Fleet, groups: int) -> Recording:
         fleet_authority, coordinator, tuple(fleet.devices), tuple(fleet.committee), epoch, round_, tuple(letters),
         tuple(contributions), tuple(targets), full,
     )  # fmt: skip
+
+
+_BAD_SHARES = (b"", b"\x00", bytes(4094), bytes(4095), bytes(4098), b"\xf1\xff" * 2048, b"\xff" * 4096)
+"""Plaintexts that open and are not a member's values: a wrong length, or residues that are too large."""
+
+
+def _deal_badly(
+    fleet: reference.Fleet, round_: Round, valid: contributor.Contribution, content: bytes
+) -> tuple[Signed, messages.SealedShare]:
+    """Device 2's header over shares that hold `content` for member 1, who can open it, and member 1's share."""
+    header = messages.decode(Header, valid.header.body)
+    sealer = Sealer(hashlib.sha256(content).digest(), fixed_encapsulation())
+    context = share_context(round_.tid, header.sender, header.key, 1, header.masked)
+    size = round_.share_bytes
+    leaves = [valid.shares[i : i + size] for i in range(0, len(valid.shares), size)]
+    leaves[0] = sealer.seal(prekey_public(round_.prekeys[0]), content, *context)
+    tree = MerkleTree(leaves)
+    changed = msgspec.structs.replace(header, sealing_key=sealer.public_key, shares=tree.root)
+    return sign(fleet.devices[2], changed), messages.SealedShare(leaves[0], list(tree.proof(0)))
 
 
 # --- Mutations -----------------------------------------------------------------------------------------------------

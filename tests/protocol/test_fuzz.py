@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.errors import PeerError, RoundAborted
-from edge_sdk.protocol import aggregator
+from edge_sdk.protocol import aggregator, member
 from edge_sdk.protocol.contributor import Contribution
-from edge_sdk.protocol.messages import Complaint, Epoch, Header, Signed, Ticket, decode, sign, wrap
+from edge_sdk.protocol.messages import Complaint, Delivery, Epoch, Header, Signed, Ticket, decode, sign, unwrap, wrap
 from edge_sdk.protocol.plan import Layout
 
 COMMITTEES = ("everyone", "helpers")
@@ -53,7 +53,8 @@ def test_a_hostile_message_is_taken_whole_or_refused_whole(committee, target):
 @every_target
 def test_every_valid_message_of_the_round_in_every_phase_is_taken_or_refused_whole(committee, target):
     taken = sum(recording.attack(target, letter.wire) is None for letter in recording.recording(committee).letters)
-    assert (taken > 0) == (target.name not in {"coordinator open", "coordinator aborted", "coordinator done"})
+    nothing_due = {"coordinator open", "coordinator aborted", "coordinator done", "contributor idle too late"}
+    assert (taken > 0) == (target.name not in nothing_due)
 
 
 @every_target
@@ -132,6 +133,25 @@ def test_hostile_messages_in_a_row_leave_a_party_that_still_works(rng: Random, c
         if recording.attack(target, data) is None:
             after = target.step(target.state, data)
             target = recording.Target(target.name, after, target.step, (PeerError, RoundAborted))
+
+
+@pytest.mark.parametrize("committee", COMMITTEES)
+def test_a_share_that_opens_to_something_else_is_complained_about(committee):
+    """Wrong lengths and residues that are too large: the delivery is taken, and its sender named."""
+    rec = recording.recording(committee)
+    target = next(target for target in rec.targets if target.name == "member inspecting nothing yet")
+    sender = decode(Header, rec.contributions[2].header.body).sender
+    good = [contribution.header for contribution in rec.contributions]
+    seen = 0
+    for letter in rec.letters:
+        items = decode(Delivery, letter.body).items if letter.kind is Delivery else []
+        if len(items) == 1 and items[0][0] not in good:
+            state, reply = member.step(target.state, letter.wire, rec.epoch, rec.committee[0], recording.NOW_S)
+            complaint = decode(Complaint, unwrap(reply)[1].body)
+            assert complaint.senders == [sender]
+            assert state.sessions[rec.round.tid].shown[sender].share is None
+            seen += 1
+    assert seen == 7
 
 
 def test_a_complaint_about_everybody_ends_in_a_seal_or_an_abort():
