@@ -14,6 +14,13 @@ from edge_sdk.errors import ParameterError, PeerError
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 
+_FIELD = 2**255 - 19
+_ORDER_8_Y = 0x05FC536D880238B13933C6D305ACDFD5F098EFF289F4C345B027B2C28F95E826
+_SMALL_ORDER_Y = frozenset((0, 1, _FIELD - 1, _FIELD, _FIELD + 1, _ORDER_8_Y, _FIELD - _ORDER_8_Y))
+"""The y of every point whose order divides 8, with the two encodings that are not reduced. Under such a key one
+signature can be valid for any label and body, and RFC 8032 lets a verifier accept it (Chalkias, Garillot, Nikolaenko
+2020, "Taming the many EdDSAs")."""
+
 
 class Identity:
     """A signing key, made from 32 bytes of entropy. Its secret is in no repr and in no exception."""
@@ -38,7 +45,13 @@ class Identity:
 
 
 def check_signature(public_key: bytes, label: str, body: bytes, signature: bytes) -> None:
-    """Return if `signature` is `public_key`'s over (`label`, `body`), else raise PeerError that names the label."""
+    """Return if `signature` is `public_key`'s over (`label`, `body`), else raise PeerError that names the label.
+
+    A key of small order is refused: no signature says anything under it.
+    """
+    y = int.from_bytes(public_key, "little") % 2**255  # the top bit is the sign of x
+    if len(public_key) == KEY_BYTES and y in _SMALL_ORDER_Y:
+        raise PeerError(f"{label}: key {public_key.hex()[:16]} is a point of small order")
     try:
         Ed25519PublicKey.from_public_bytes(public_key).verify(signature, frame(label, body))
     except (InvalidSignature, ValueError) as error:

@@ -50,7 +50,7 @@ def test_a_signature_verifies_and_is_deterministic(body):
     ],
 )
 def test_a_signature_under_another_label_body_or_key_is_refused(key, label, body):
-    with pytest.raises(PeerError, match=f"^{label}: the signature is not valid"):
+    with pytest.raises(PeerError, match=rf"^{label}: the signature is not valid"):
         check_signature(key, label, body, ALICE.sign("ticket", b"body"))
 
 
@@ -69,6 +69,36 @@ def test_a_signature_has_no_second_form():
     second = int.from_bytes(signature[32:], "little") + GROUP_ORDER
     with pytest.raises(PeerError):
         check_signature(ALICE.public_key, "ticket", b"body", signature[:32] + second.to_bytes(32, "little"))
+
+
+FIELD = 2**255 - 19
+SMALL_ORDER_KEYS = [(y + top).to_bytes(32, "little") for y in sorted(module._SMALL_ORDER_Y) for top in (0, 2**255)]
+
+
+def test_the_list_of_small_order_keys_is_complete():
+    # On -x^2 + y^2 = 1 + d x^2 y^2 a point's double has y' = (y^2 + x^2) / (1 - d x^2 y^2). The curve has cofactor 8.
+    d = -121665 * pow(121666, -1, FIELD) % FIELD
+
+    def doubled(y):
+        x_squared = (y * y - 1) * pow(d * y * y + 1, -1, FIELD) % FIELD
+        return (y * y + x_squared) * pow(1 - d * x_squared * y * y, -1, FIELD) % FIELD
+
+    values = {y % FIELD for y in module._SMALL_ORDER_Y}
+    assert all(doubled(doubled(doubled(y))) == 1 for y in values)
+    assert sum(1 if y in (1, FIELD - 1) else 2 for y in values) == 8  # x = 0 has one sign, every other x two
+    assert {y + FIELD for y in values if y + FIELD < 2**255} <= module._SMALL_ORDER_Y
+    assert doubled(doubled(doubled(4 * pow(5, -1, FIELD) % FIELD))) != 1  # the base point
+
+
+@pytest.mark.parametrize("key", SMALL_ORDER_KEYS, ids=bytes.hex)
+def test_a_key_of_small_order_signs_nothing(key):
+    # R = the neutral element and S = 0: valid under such a key for one body in eight or more, were it accepted.
+    signature = (1).to_bytes(32, "little") + bytes(32)
+    for i in range(64):
+        with pytest.raises(PeerError, match=r"^ticket: "):
+            check_signature(key, "ticket", b"%d" % i, signature)
+    with pytest.raises(PeerError, match="small order"):
+        check_signature(key, "ticket", b"body", signature)
 
 
 @pytest.mark.parametrize("size", [0, 31, 33, 64])
