@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from decimal import Decimal, localcontext
+from hashlib import sha256
 from math import ceil, sqrt
 
 import numpy as np
@@ -208,3 +209,16 @@ def test_equal_ratios_give_equal_tables(factor):
 def test_a_sigma_outside_the_range_is_refused(numerator, denominator):
     with pytest.raises(ParameterError, match="sigma"):
         GaussianTable(numerator, denominator)
+
+
+def test_the_known_answers_of_the_protocol_document():
+    boundaries = b"".join(boundary.to_bytes(16, "little") for boundary in TABLE.boundaries)
+    assert len(TABLE.boundaries) == 122
+    assert sha256(boundaries).hexdigest() == "91870222f672eca0596974a460acc186b3bbe6a6dbf529585c5e46a9454aa987"
+    assert TABLE.boundaries[60] == 0x74A6FDB013761516A3A5AC4E33B3C0CE
+    assert TABLE.boundaries[61] == 0x8B59024FEC89EAE95C5A53B1CC4C3F31
+    assert int((TABLE.table == UNDECIDED).sum()) == 40
+    samples = TABLE.sample(KeyStream(bytes(range(32))), 2048)
+    assert samples[:16].tolist() == [10, 0, 3, -1, 3, 0, 5, -3, -4, -1, 5, 4, 4, -2, 6, 1]
+    assert samples[[121, 243, 1036, 1259]].tolist() == [17, 18, 2, -2]
+    assert sha256(samples.tobytes()).hexdigest() == "206ce3f287d54b84efe697d72024f10ba1f89c971376b0190f49ed7d554eedf2"

@@ -92,3 +92,13 @@ def test_keys_of_different_labels_contexts_and_secrets_differ(secret):
     other = bytes([secret[0] ^ 1]) + secret[1:]
     keys = [derive_key(secret, "a"), derive_key(secret, "b"), derive_key(secret, "a", b""), derive_key(other, "a")]
     assert len(set(keys)) == 4
+
+
+def test_the_known_answers_of_the_protocol_document():
+    content = (b"\x01\x02", b"")
+    framed = "0c00000000000000736f7264696e6f2f76312f78020000000000000001020000000000000000"
+    assert frame("x", *content).hex() == framed
+    assert tagged_hash("x", *content).hex() == "7111fda08b29c7a849dca87a15ffab232800c09cee1a8598fad91a58a0fa9ed4"
+    derived = "4b9ae75371b813073e8b94eea726cf6a9610e2e1ce13f04493c9da4ac0a99538"
+    assert derive_key(bytes(32), "x", *content).hex() == derived
+    assert hkdf(b"", bytes(32), bytes.fromhex(framed), 32).hex() == derived

@@ -141,3 +141,12 @@ def test_an_identity_is_not_copied_either():
         copy.copy(ALICE)
     with pytest.raises(TypeError):
         copy.deepcopy(ALICE)
+
+
+def test_the_known_answer_of_the_protocol_document():
+    identity = Identity(bytes(range(32)))
+    assert identity.public_key.hex() == "03a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b8"
+    assert identity.sign("x", b"\x01\x02").hex() == (
+        "bee6a1261c24a97e34463964f48d71bd8e3ebc6c25bd1da76aa83bc2735fa0de"
+        "5fbf4d4b1490771a2465140e3143449e07bd8dcb591aa1aa5eb5ee840c380c04"
+    )

@@ -1,5 +1,7 @@
 """Masks come off with the secret, add up under the sum of the secrets, and are unrelated across rounds and entropy."""
 
+from hashlib import sha256
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -209,3 +211,16 @@ def test_a_mask_is_added_through_a_strided_view():
     add_mask(view, expand_secret(ENTROPY, ROUND), ENTROPY, ROUND)
     assert np.array_equal(wide[::2], masked(message)[0])
     assert np.array_equal(wide[1::2], message_of(40)[1::2])
+
+
+def test_the_known_answers_of_the_protocol_document():
+    # d = 5, n_max = 100: Delta = 2^10, then the count and the pads.
+    entropy, tid = bytes(range(32)), bytes(32)
+    secret = expand_secret(entropy, tid)
+    assert secret[:8].tolist() == [-4, -1, -6, -3, 8, -1, -4, -5]
+    message = np.zeros((1, DEGREE), np.uint32)
+    message[0, :6] = [1 << 10, (1 << 32) - (1 << 10), 2 << 10, 3 << 10, 4 << 10, 1 << 10]
+    add_mask(message, secret, entropy, tid)
+    assert message[0, :4].tolist() == [0x60BC149A, 0x698C2541, 0x393EF1C1, 0xB4D83FA9]
+    digest = "9a92c5898a2d45fe988f589d124797ebf1cda45f32dc537e72bae12776f029b2"
+    assert sha256(message.astype("<u4").tobytes()).hexdigest() == digest

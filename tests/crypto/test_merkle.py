@@ -127,3 +127,9 @@ def test_an_empty_tree_and_an_index_outside_are_the_callers_fault():
     for index in (-1, 3):
         with pytest.raises(ParameterError, match="outside a tree of 3"):
             MerkleTree(leaves_of(3)).proof(index)
+
+
+def test_the_known_answer_of_the_protocol_document():
+    tree = MerkleTree([b"a", b"b", b"c"])
+    assert tree.root.hex() == "36642e73c2540ab121e3a6bf9545b0a24982cd830eb13d3cd19de3ce6c021ec1"
+    assert [len(tree.proof(i)) for i in range(3)] == [2, 2, 1]

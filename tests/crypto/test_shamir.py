@@ -406,3 +406,9 @@ def test_fewer_answers_than_the_threshold_are_refused():
     with pytest.raises(ParameterError, match="2 answers, 3 needed") as caught:
         list(scheme.candidates({1: shares[0], 4: shares[3]}, anything))
     assert not any(str(value) in str(caught.value) for value in (31337, *shares[0].tolist()))
+
+
+def test_the_known_answer_of_the_protocol_document():
+    shares = PackedShamir(6, 2, 2).share(np.array([1, -1, 2, 3]), KeyStream(bytes(range(32))))
+    expected = [(64825, 32043), (50649, 27161), (10214, 47433), (61782, 23894), (61531, 18621), (62202, 28170)]
+    assert [tuple(row) for row in shares.tolist()] == expected

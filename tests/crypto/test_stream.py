@@ -131,3 +131,10 @@ def test_the_key_is_in_no_repr_and_no_error():
         KeyStream(key[:31])
     assert key[:8].hex() not in str(caught.value)
     assert repr(key[:8])[2:-1] not in str(caught.value)
+
+
+def test_the_known_answers_of_the_protocol_document():
+    assert KeyStream(KEY).read(16).tobytes().hex() == "39fd2b7dd9c5196a8dbd0377b8dc4a49"
+    assert KeyStream(KEY, 1).read(16).tobytes().hex() == "d838fb09536e2e3a10e8f23f486273a6"
+    assert uniform_residues(KeyStream(KEY), 65521, 4).tolist() == [64825, 32043, 50649, 27161]
+    assert uniform_residues(KeyStream(KEY), 10, 8).tolist() == [5, 3, 9, 1, 5, 7, 4, 2]
