@@ -51,24 +51,26 @@ def to_onnx(
 def _strip(model: onnx.ModelProto) -> None:
     """Remove what is not the graph: source lines, module paths, inferred shapes of inner values."""
     del model.metadata_props[:]
-    model.doc_string = ""
-    model.producer_name, model.producer_version = "sordino", ""
+    model.ClearField("doc_string")
+    model.producer_name = "sordino"
+    model.ClearField("producer_version")
     model.graph.name = "graph"
-    model.graph.doc_string = ""
+    model.graph.ClearField("doc_string")
     del model.graph.metadata_props[:]
     del model.graph.value_info[:]
     for node in model.graph.node:
         del node.metadata_props[:]
-        node.doc_string = ""
+        node.ClearField("doc_string")
     for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
         del value.metadata_props[:]
-        value.doc_string = ""
+        value.ClearField("doc_string")
 
 
 def _keep_inputs(model: onnx.ModelProto, example: Sequence[Tensor], names: Sequence[str]) -> None:
     """Declare every input in order, also those that the graph turned out not to read."""
     present = {value.name: value for value in model.graph.input}
-    kinds = {torch.float32: onnx.TensorProto.FLOAT, torch.int64: onnx.TensorProto.INT64, torch.int32: onnx.TensorProto.INT32}
+    proto = onnx.TensorProto
+    kinds = {torch.float32: proto.FLOAT, torch.int64: proto.INT64, torch.int32: proto.INT32}
     ordered = [
         present.get(name) or onnx.helper.make_tensor_value_info(name, kinds[tensor.dtype], list(tensor.shape))
         for name, tensor in zip(names, example, strict=True)

@@ -1,0 +1,254 @@
+"""edge-export: make, check and unpack bundles."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from edge_sdk.bundle import Bundle
+from edge_sdk.crypto.identity import Identity
+from edge_sdk.errors import ParameterError, SordinoError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit 0: done, 1: failed (the reason is on stderr), 2: usage."""
+    parser = argparse.ArgumentParser(
+        prog="edge-export", description="A PyTorch model becomes a bundle to train on devices."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    key = commands.add_parser("key", help="make a publisher's signing key; prints its public half, which devices pin")
+    key.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the secret goes, with mode 0600")
+
+    build = commands.add_parser("build", help="a signed bundle from MODULE:FUNCTION, which returns a TrainingSpec")
+    build.add_argument("source", metavar="MODULE:FUNCTION", help="for example examples/models/mlp.py:build")
+    build.add_argument("--out", type=Path, required=True, metavar="X.bundle")
+    build.add_argument("--key", type=Path, required=True, metavar="FILE", help="from `edge-export key`")
+    build.add_argument("--unit", choices=("device", "example"), default="example", help="privacy unit (example)")
+    build.add_argument("--batch", type=int, default=32, help="examples in one run of the graph (32)")
+    build.add_argument("--proximal", action="store_true", help="with FedProx's term (unit device)")
+    build.add_argument("--backends", default="onnx", metavar="LIST", help="onnx or onnx,executorch (onnx)")
+
+    check = commands.add_parser("check", help="the same batches in every run time; exit 1 if they differ")
+    check.add_argument("bundle", type=Path, metavar="X.bundle")
+    check.add_argument("source", nargs="?", metavar="MODULE:FUNCTION", help="with it, PyTorch is the reference")
+    check.add_argument("--publisher", metavar="HEX", help="public key that must have signed (default: any)")
+    check.add_argument("--tolerance", type=float, default=None, help="relative to each tensor's norm (1e-5)")
+
+    model = commands.add_parser("model", help="a trained model: plain inference ONNX, or a state dict")
+    model.add_argument("bundle", type=Path, metavar="X.bundle")
+    model.add_argument("parameters", type=Path, metavar="PARAMS", help="shared parameters: .npy, .safetensors or .f32")
+    model.add_argument("--out", type=Path, required=True, metavar="FILE", help=".onnx, .safetensors or .pt")
+    model.add_argument("--publisher", metavar="HEX", help="public key that must have signed (default: any)")
+
+    for command in (key, build, check, model):
+        command.add_argument("--json", action="store_true", help="one object a line on stdout")
+    options = parser.parse_args(arguments)
+    try:
+        run = {"key": _key, "build": _build, "check": _check, "model": _model}[options.command]
+        return run(options)
+    except SordinoError as error:
+        print(f"edge-export: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"edge-export: {error.strerror}: {error.filename}", file=sys.stderr)
+    return 1
+
+
+def _key(options: argparse.Namespace) -> int:
+    seed = os.urandom(32)
+    descriptor = os.open(options.out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(seed.hex() + "\n")
+    _print(options, {"publisher": Identity(seed).public_key.hex()}, Identity(seed).public_key.hex())
+    return 0
+
+
+def _publisher(path: Path) -> Identity:
+    try:
+        seed = bytes.fromhex(path.read_text().strip())
+        return Identity(seed)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ParameterError(f"{path} does not hold a publisher's key: make one with `edge-export key`") from error
+
+
+def _build(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from export.build import BACK_ENDS, build, load_spec
+
+    console = Console(stderr=True)
+    back_ends = tuple(name.strip() for name in options.backends.split(",") if name.strip())
+    unknown = [name for name in back_ends if name not in BACK_ENDS]
+    if unknown:
+        raise ParameterError(f"there is no back end {unknown[0]!r}: {', '.join(BACK_ENDS)}")
+    publisher = _publisher(options.key)
+    start = time.perf_counter()
+    with console.status("loading the model") as status:
+        spec = load_spec(options.source)
+        built = build(
+            spec,
+            publisher,
+            unit=options.unit,
+            batch=options.batch,
+            proximal=options.proximal,
+            back_ends=back_ends,  # type: ignore[arg-type]
+            progress=lambda stage: status.update({"capture": "capturing the training step"}.get(stage, stage)),
+        )
+        status.update("timing a step")
+        step_ms = _step_ms(built.bundle, publisher.public_key)
+    _write(options.out, built.bundle)
+    bundle = Bundle.read(built.bundle, publisher.public_key)
+    table = Table(title=f"{spec.name}: unit {options.unit}, batch {options.batch}")
+    for heading, justify in (("parameter", "left"), ("shape", "left"), ("role", "left"), ("gradients", "left")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    reports = {row.parameter: row for row in built.step.report}
+    for parameter in built.step.parameters:
+        row = reports.get(parameter.name)
+        how = "" if row is None else f"{'fast' if row.path == 'fast' else '[bold yellow]FALLBACK[/]'}: {row.reason}"
+        table.add_row(parameter.name, "x".join(map(str, parameter.value.shape)), parameter.role, how)
+    console.print(table)
+    slow = [row for row in built.step.report if row.path == "fallback"]
+    for row in slow:
+        console.print(
+            f"[bold yellow]{row.parameter}[/] has no fast rule ({row.reason}): its gradients are exact, but cost one "
+            "backward pass for each example."
+        )
+    result = {
+        "bundle": str(options.out),
+        "hash": bundle.hash.hex(),
+        "publisher": publisher.public_key.hex(),
+        "dimension": bundle.dimension,
+        "bytes": len(built.bundle),
+        "entries": built.sizes,
+        "fallback": [row.parameter for row in slow],
+        "step_ms": step_ms,
+        "build_s": round(time.perf_counter() - start, 1),
+    }
+    _print(
+        options,
+        result,
+        f"{options.out}: {len(built.bundle):,} bytes, {bundle.dimension:,} shared parameters, one step "
+        f"{', '.join(f'{ms} ms in {name}' for name, ms in step_ms.items())}\nbundle {bundle.hash.hex()}",
+    )
+    return 0
+
+
+def _step_ms(data: bytes, publisher: bytes) -> dict[str, float]:
+    """Median milliseconds of one training step on one thread, for the reader's orientation."""
+    import statistics
+
+    import onnxruntime
+
+    from edge_sdk.bundle import TRAIN_ONNX, train_inputs
+    from export.check import batch_of
+
+    bundle = Bundle.read(data, publisher)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(bundle.file(TRAIN_ONNX), options, providers=["CPUExecutionProvider"])
+    read = {value.name for value in session.get_inputs()}
+    names = [t.name for t in train_inputs(bundle.manifest)]
+    feed = {n: x for n, x in zip(names, batch_of(bundle, 0), strict=True) if n in read}
+    times = []
+    for _ in range(15):
+        start = time.perf_counter()
+        session.run(None, feed)
+        times.append(time.perf_counter() - start)
+    return {"onnxruntime": round(1e3 * statistics.median(times[5:]), 3)}
+
+
+def _read(path: Path, publisher: str | None) -> Bundle:
+    if publisher is None:
+        return Bundle.read(path, signer_of(path))
+    try:
+        key = bytes.fromhex(publisher)
+    except ValueError as error:
+        raise ParameterError("--publisher is 64 hexadecimal digits") from error
+    return Bundle.read(path, key)
+
+
+def signer_of(path: Path) -> bytes:
+    """The key that a bundle says it was signed with: for its maker's own tools. A device pins the key instead."""
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read("manifest.sig")[:32]
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ParameterError(f"{path} is not a bundle") from error
+
+
+def _check(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from export.build import load_spec
+    from export.check import TOLERANCE, check
+
+    bundle = _read(options.bundle, options.publisher)
+    tolerance = TOLERANCE if options.tolerance is None else options.tolerance
+    runtimes, differences = check(bundle, load_spec(options.source) if options.source else None)
+    failed = [d for d in differences if not d.relative <= tolerance]
+    if options.json:
+        for difference in differences:
+            print(json.dumps({"reference": runtimes[0], **vars(difference), "ok": difference not in failed}))
+    else:
+        table = Table(title=f"largest difference from {runtimes[0]}, relative to each tensor's norm")
+        table.add_column("tensor")
+        for runtime in runtimes[1:]:
+            table.add_column(runtime, justify="right")
+        by_tensor: dict[str, dict[str, float]] = {}
+        for difference in differences:
+            by_tensor.setdefault(difference.tensor, {})[difference.runtime] = difference.relative
+        for tensor, row in by_tensor.items():
+            table.add_row(
+                tensor,
+                *(f"[bold red]{row[r]:.1e}[/]" if not row[r] <= tolerance else f"{row[r]:.1e}" for r in runtimes[1:]),
+            )
+        Console().print(table)
+    if failed:
+        print(f"edge-export: {len(failed)} differences are over {tolerance:g}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _model(options: argparse.Namespace) -> int:
+    from export.model import inference_onnx, read_shared, state_dict, trained_parameters
+
+    bundle = _read(options.bundle, options.publisher)
+    parameters = trained_parameters(bundle, read_shared(bundle, options.parameters))
+    suffix = options.out.suffix
+    if suffix == ".onnx":
+        _write(options.out, inference_onnx(bundle, parameters))
+    elif suffix == ".safetensors":
+        from safetensors.numpy import save
+
+        _write(options.out, save(parameters))
+    elif suffix == ".pt":
+        import torch
+
+        torch.save(state_dict(parameters), options.out)
+    else:
+        raise ParameterError(f"--out {options.out}: .onnx, .safetensors or .pt")
+    _print(options, {"out": str(options.out), "bytes": options.out.stat().st_size}, str(options.out))
+    return 0
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all: an interrupted build leaves the old file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _print(options: argparse.Namespace, result: dict[str, object], text: str) -> None:
+    print(json.dumps(result) if options.json else text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""From a user's function to the bytes of a bundle."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from edge_sdk.bundle import (
+    PREDICT_ONNX,
+    PREDICT_PTE,
+    TRAIN_ONNX,
+    TRAIN_PTE,
+    Manifest,
+    Options,
+    Tensor,
+    parameter_table,
+    write_bundle,
+)
+from edge_sdk.crypto.identity import Identity
+from edge_sdk.errors import ParameterError
+from export.graph import CapturedStep, TrainingSpec, Unit, capture
+from export.losses import resolve_loss
+from export.to_onnx import to_onnx
+
+BackEnd = Literal["onnx", "executorch"]
+BACK_ENDS: tuple[BackEnd, ...] = ("onnx", "executorch")
+_DTYPES = {
+    torch.float32: "float32",
+    torch.int64: "int64",
+    torch.int32: "int32",
+    torch.uint8: "uint8",
+    torch.bool: "bool",
+}
+
+
+@dataclass(frozen=True)
+class Built:
+    """A bundle with what was found while it was made."""
+
+    bundle: bytes
+    step: CapturedStep
+    manifest: Manifest
+    sizes: dict[str, int]
+
+
+def load_spec(reference: str) -> TrainingSpec:
+    """The spec that MODULE:FUNCTION returns. MODULE: a dotted name, or the path of a .py file.
+
+    Raises ParameterError that says which half is wrong.
+    """
+    module_name, separator, function_name = reference.rpartition(":")
+    if not separator or not module_name or not function_name:
+        raise ParameterError(f"{reference!r} is not MODULE:FUNCTION, for example examples/models/mlp.py:build")
+    if module_name.endswith(".py"):
+        path = Path(module_name)
+        found = importlib.util.spec_from_file_location(path.stem, path)
+        if not path.is_file() or found is None or found.loader is None:
+            raise ParameterError(f"there is no file {module_name}")
+        module = importlib.util.module_from_spec(found)
+        sys.modules[path.stem] = module
+        found.loader.exec_module(module)
+    else:
+        if "" not in sys.path:
+            sys.path.insert(0, "")  # as `python -m` would: a module beside the user
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not module_name.startswith(error.name):
+                raise  # the user's module is there; something that it imports is not
+            raise ParameterError(f"there is no module {module_name}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ParameterError(f"{module_name} has no function {function_name}")
+    spec = function()
+    if not isinstance(spec, TrainingSpec):
+        raise ParameterError(f"{reference} returned {type(spec).__name__}, not an export.graph.TrainingSpec")
+    return spec
+
+
+def build(
+    spec: TrainingSpec,
+    publisher: Identity,
+    *,
+    unit: Unit,
+    batch: int = 32,
+    proximal: bool = False,
+    back_ends: Sequence[BackEnd] = ("onnx",),
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Built:
+    """A signed bundle of `spec`: the same bytes for the same source and tools.
+
+    unit: the privacy unit; "example" clips inside the graph, "device" takes plain SGD steps.  batch: examples in one
+    run of the graph.  proximal: FedProx's term, for unit "device".  back_ends: "onnx" is always among them.
+    Raises UnsupportedModelError that names a layer and a remedy, ParameterError on options that do not go together.
+    """
+    if proximal and unit != "device":
+        raise ParameterError("the proximal term belongs to local steps: unit 'device' only")
+    progress("capture")
+    step = capture(spec, unit, batch, proximal)
+    progress("onnx")
+    graphs = {
+        TRAIN_ONNX: to_onnx(step.train, step.train_example, step.train_inputs, step.train_outputs),
+        PREDICT_ONNX: to_onnx(step.predict, step.predict_example, step.predict_inputs, ["output"]),
+    }
+    tools = {"python": platform.python_version(), **{name: _public(name) for name in ("torch", "onnx", "onnxscript")}}
+    if "executorch" in back_ends:
+        from export.to_executorch import to_executorch  # its import alone takes seconds
+
+        progress("executorch")
+        graphs[TRAIN_PTE] = to_executorch(step.train, step.train_example)
+        graphs[PREDICT_PTE] = to_executorch(step.predict, step.predict_example)
+        tools["executorch"] = _public("executorch")
+    progress("sign")
+    output = step.predict(*step.predict_example)
+    classes = output.shape[-1] if resolve_loss(spec.loss).name == "cross_entropy" else None
+    names = step.train_inputs[len(step.parameters) : len(step.parameters) + len(spec.inputs)]
+    draft = Manifest(
+        schema=1,
+        name=spec.name,
+        unit=unit,
+        batch=batch,
+        options=Options(proximal),
+        parameters=parameter_table((p.name, tuple(p.value.shape), p.role) for p in step.parameters),
+        inputs=tuple(
+            _tensor(name, x, None if x.is_floating_point() else step.vocabulary)
+            for name, x in zip(names, spec.inputs, strict=True)
+        ),
+        label=_tensor("y", spec.label, classes),
+        output=_tensor("output", output[0], None),
+        loss=_loss_name(spec),
+        tools=tools,
+    )
+    values = {p.name: p.value.numpy() for p in step.parameters}
+    bundle = write_bundle(draft, graphs, values, publisher)
+    return Built(bundle, step, draft, {name: len(content) for name, content in graphs.items()})
+
+
+def _tensor(name: str, example: torch.Tensor, below: int | None) -> Tensor:
+    if example.dtype not in _DTYPES:
+        raise ParameterError(f"{name} is {example.dtype}: use one of {', '.join(_DTYPES.values())}")
+    return Tensor(name, tuple(example.shape), _DTYPES[example.dtype], below)  # type: ignore[arg-type]
+
+
+def _loss_name(spec: TrainingSpec) -> str:
+    """The manifest's names are lower case with dots, dashes and underscores."""
+    kept = "".join(c if c.isalnum() or c in "._-" else "-" for c in resolve_loss(spec.loss).name.lower())
+    return kept.strip("._-")[:64] or "custom"
+
+
+def _public(package: str) -> str:
+    """A package's version without the build tag, which says where it was built and not what it does."""
+    return version(package).partition("+")[0]
