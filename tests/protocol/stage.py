@@ -351,3 +351,14 @@ def following(stage: Stage, *numbers: int, **changes: object) -> Stage:
     fields = {"round": stage.round.ticket.round + 1, "previous": stage.round.tid, "prekeys": offers} | changes
     round_ = Round(stage.round.epoch, ticket_like(stage, **fields))
     return Stage(stage.fleet, round_, states, Collecting(round_), mail={n: [] for n in states})
+
+
+def shows(text: str, secret: bytes) -> bool:
+    """Whether `text` holds 6 or more bytes of the secret in a row: as hex, as numbers or as Python writes bytes."""
+    plain = text.lower()
+    for start in range(0, len(secret) - 5, 3):
+        piece = secret[start : start + 6]
+        written = repr(piece)[2:-1].lower()
+        if any(form in plain for form in (piece.hex(), piece.hex(" "), written, ", ".join(map(str, piece)))):
+            return True
+    return False

@@ -79,7 +79,7 @@ def test_numbers_without_a_safe_committee_are_refused_with_what_would_do_instead
 kinds = st.one_of(
     st.integers(4, 256).flatmap(lambda m: st.tuples(st.just("everyone"), st.just(m), st.just(m), st.just(1))),
     st.tuples(st.just("helpers"), st.integers(3, 256), st.integers(4, 10_000), st.integers(1, 3)),
-    st.integers(20, 2000).flatmap(
+    st.integers(20, 600).flatmap(
         lambda n: st.tuples(st.just("drawn"), st.integers(3, min(n, 128)), st.just(n), st.integers(1, n // 4))
     ),
 )
@@ -132,6 +132,13 @@ def test_the_committee_bound_is_the_smallest_with_a_tail_of_two_to_the_minus_40(
     assert c == 0 or binomial_tail(members, p, c - 1) > BOUND
     # the draw is without replacement: its own tail is within the bound too
     assert hypergeometric_tail(roster, corrupt, members, c) <= BOUND
+
+
+@given(st.integers(4, 300), st.data())
+def test_a_committee_drawn_without_replacement_is_within_the_binomial_bound(roster, data):
+    corrupt = data.draw(st.integers(1, roster - 1))
+    members = data.draw(st.integers(1, roster))
+    assert hypergeometric_tail(roster, corrupt, members, corrupt_in_committee(roster, corrupt, members)) <= BOUND
 
 
 def test_the_committee_bound_at_its_edges():
