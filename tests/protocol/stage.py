@@ -293,8 +293,14 @@ class Stage:
 
 def contents_of(state: MemberState) -> object:
     """Everything in a member's state by value, so that a change in place would show."""
+
+    def value(thing: object) -> object:
+        if isinstance(thing, Round):
+            return thing.tid
+        return dict(thing) if isinstance(thing, dict) else thing
+
     sessions = {
-        tid: (type(session), {k: dict(v) if isinstance(v, dict) else v for k, v in vars(session).items()})
+        tid: (type(session), {name: value(thing) for name, thing in vars(session).items()})
         for tid, session in state.sessions.items()
     }
     return state.next_serial, dict(state.prekeys), dict(state.bound), dict(state.newest), sessions
