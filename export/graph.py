@@ -123,6 +123,9 @@ class _Builder:
         self.constants = {
             node: program.constants[name] for node, name in signature.inputs_to_lifted_tensor_constants.items()
         }
+        for node, name in signature.inputs_to_buffers.items():
+            if name in signature.non_persistent_buffers:  # a part of the code, not of the model's state
+                self.constants[node] = program.constants[name]
         self.example_nodes = list(signature.user_inputs)
         mutated = list(signature.buffers_to_mutate.values())
         trained = [self.placeholder_of[p.name] for p in self.trainable if p.name in self.placeholder_of]
@@ -178,7 +181,9 @@ class _Builder:
             output_names[:] = outputs.keys()
             return tuple(outputs.values())
 
-        train = make_fx(step, decomposition_table=DECOMPOSITIONS, tracing_mode="fake")(*example)
+        train = make_fx(
+            step, decomposition_table=DECOMPOSITIONS, tracing_mode="fake", _allow_non_fake_inputs=True
+        )(*example)
         simplify(train)
 
         evaluation = _copy_in_eval(self.spec.model)
@@ -190,7 +195,9 @@ class _Builder:
 
         with torch.no_grad():
             predict_example = (*values, *self.inputs)
-            predict = make_fx(forward, decomposition_table=DECOMPOSITIONS, tracing_mode="fake")(*predict_example)
+            predict = make_fx(
+                forward, decomposition_table=DECOMPOSITIONS, tracing_mode="fake", _allow_non_fake_inputs=True
+            )(*predict_example)
             simplify(predict)
         return CapturedStep(
             train,
@@ -364,8 +371,10 @@ def _parameters(spec: TrainingSpec) -> list[Parameter]:
         frozen = not value.requires_grad or matches(name, spec.frozen)
         role: Role = "frozen" if frozen else "local" if matches(name, spec.local) else "shared"
         found.append(Parameter(name, role, value.detach().clone()))
+    kept = spec.model.state_dict(keep_vars=True).keys()
     for name, value in spec.model.named_buffers():
-        found.append(Parameter(name, "buffer", value.detach().clone()))
+        if name in kept:
+            found.append(Parameter(name, "buffer", value.detach().clone()))
     known = [p.name for p in found]
     for pattern in (*spec.local, *spec.frozen):
         if not any(matches(name, [pattern]) for name in known):
