@@ -89,7 +89,8 @@ def contribution(rec: recording.Recording, mode: int, body: bytes) -> Contributi
     if mode & 8:
         size = rec.round.share_bytes
         header[6] = content_hash(masked)
-        header[7] = merkle_root([shares[i : i + size] for i in range(0, len(shares), size)] or [b""])
+        leaves = [shares[i : i + size] for i in range(0, len(shares), size)] or [b""]
+        header[7] = merkle_root(leaves[: len(rec.committee)])
     letter = recording.Letter(Header, recording.pack(header), rec.devices[number])
     return Contribution(letter.signed, masked, shares)
 

@@ -171,6 +171,9 @@ def _check_forward(before: object, after: object) -> None:
                 and new.seal != old.seal
             ):
                 raise Violated("member: another set took the signed one's place")
+        newest = {tid for _, tid in after.newest.values()}
+        if any(isinstance(s, member.Inspecting) and tid not in newest for tid, s in after.sessions.items()):
+            raise Violated("member: it could still sign a set of an older ticket")
         secret = [s.serial for s in after.sessions.values() if isinstance(s, member.Inspecting | member.Committed)]
         if not set(secret) <= set(after.prekeys) or set(after.bound) != set(secret):
             raise Violated("member: prekeys and sessions do not agree")
@@ -327,6 +330,7 @@ def _record(fleet: reference.Fleet, groups: int) -> Recording:
     coordinator_target("full", full)
 
     bad_dealers = [_deal_badly(fleet, round_, contributions[2], content) for content in _BAD_SHARES]
+    bad_dealers += [_deal_badly(fleet, round_, contributions[2], b"", point) for point in _LOW_ORDER]
     for header, _ in bad_dealers:
         keep(Header, header, fleet.devices[2])
 
@@ -414,11 +418,17 @@ def _record(fleet: reference.Fleet, groups: int) -> Recording:
 _BAD_SHARES = (b"", b"\x00", bytes(4094), bytes(4095), bytes(4098), b"\xf1\xff" * 2048, b"\xff" * 4096)
 """Plaintexts that open and are not a member's values: a wrong length, or residues that are too large."""
 
+_LOW_ORDER = (bytes(32), b"\x01" + bytes(31), bytes.fromhex("ec" + "ff" * 30 + "7f"))
+"""Points of order 1, 2 and 4 on Curve25519 or its twist."""
+
 
 def _deal_badly(
-    fleet: reference.Fleet, round_: Round, valid: contributor.Contribution, content: bytes
+    fleet: reference.Fleet, round_: Round, valid: contributor.Contribution, content: bytes, point: bytes | None = None
 ) -> tuple[Signed, messages.SealedShare]:
-    """Device 2's header over shares that hold `content` for member 1, who can open it, and member 1's share."""
+    """Device 2's header over shares that hold `content` for member 1, who can open it, and member 1's share.
+
+    point: named as the sealing key instead of the true one; then member 1 cannot open it.
+    """
     header = messages.decode(Header, valid.header.body)
     sealer = Sealer(hashlib.sha256(content).digest(), fixed_encapsulation())
     context = share_context(round_.tid, header.sender, header.key, 1, header.masked)
@@ -426,7 +436,7 @@ def _deal_badly(
     leaves = [valid.shares[i : i + size] for i in range(0, len(valid.shares), size)]
     leaves[0] = sealer.seal(prekey_public(round_.prekeys[0]), content, *context)
     tree = MerkleTree(leaves)
-    changed = msgspec.structs.replace(header, sealing_key=sealer.public_key, shares=tree.root)
+    changed = msgspec.structs.replace(header, sealing_key=point or sealer.public_key, shares=tree.root)
     return sign(fleet.devices[2], changed), messages.SealedShare(leaves[0], list(tree.proof(0)))
 
 
@@ -666,7 +676,8 @@ def hostile_contribution(rng: Random, rec: Recording) -> contributor.Contributio
     if rng.randrange(4):
         header[6] = content_hash(masked)
         size = rec.round.share_bytes
-        header[7] = merkle_root([shares[i : i + size] for i in range(0, len(shares), size)] or [b""])
+        leaves = [shares[i : i + size] for i in range(0, len(shares), size)] or [b""]
+        header[7] = merkle_root(leaves[: len(rec.committee)] if rng.randrange(2) else leaves)
     letter = Letter(Header, pack(header), rec.devices[number])
     signed = letter.signed if rng.randrange(3) else hostile_signed(rng, rec, letter)
     return contributor.Contribution(signed, masked, shares)
@@ -685,6 +696,12 @@ def give_contribution(rec: Recording, contribution: contributor.Contribution) ->
             if not said:
                 raise Violated("accept: refused without a reason") from error
         else:
+            sizes = (len(contribution.masked), len(contribution.shares))
+            if accepted.shares is not None and sizes != (
+                rec.round.layout.masked_bytes,
+                rec.round.share_bytes * len(rec.committee),
+            ):
+                raise Violated("accept: more than the header binds was taken")
             if set(state.entries) - set(accepted.state.entries):
                 raise Violated("accept: an entry was lost")
         if fingerprint(state) != before:
@@ -695,7 +712,8 @@ def give_contribution(rec: Recording, contribution: contributor.Contribution) ->
 def give_shares(rec: Recording, header: Header, shares: bytes) -> None:
     """Split sealed shares: as many as members, or PeerError."""
     try:
-        if len(split_shares(rec.round, header, shares)) != len(rec.committee):
+        split = split_shares(rec.round, header, shares)
+        if len(split) != len(rec.committee) or b"".join(share.sealed for share in split) != shares:
             raise Violated("split_shares: not one share a member")
     except PeerError as error:
         if not str(error):

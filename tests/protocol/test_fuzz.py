@@ -136,8 +136,8 @@ def test_hostile_messages_in_a_row_leave_a_party_that_still_works(rng: Random, c
 
 
 @pytest.mark.parametrize("committee", COMMITTEES)
-def test_a_share_that_opens_to_something_else_is_complained_about(committee):
-    """Wrong lengths and residues that are too large: the delivery is taken, and its sender named."""
+def test_a_share_that_is_no_share_is_complained_about(committee):
+    """Wrong lengths, residues that are too large, low-order keys: the delivery is taken, and its sender named."""
     rec = recording.recording(committee)
     target = next(target for target in rec.targets if target.name == "member inspecting nothing yet")
     sender = decode(Header, rec.contributions[2].header.body).sender
@@ -151,7 +151,7 @@ def test_a_share_that_opens_to_something_else_is_complained_about(committee):
             assert complaint.senders == [sender]
             assert state.sessions[rec.round.tid].shown[sender].share is None
             seen += 1
-    assert seen == 7
+    assert seen == 10
 
 
 def test_a_complaint_about_everybody_ends_in_a_seal_or_an_abort():

@@ -61,7 +61,7 @@ from edge_sdk.protocol.messages import (
     sign,
     wrap,
 )
-from edge_sdk.protocol.rounds import Round, share_context
+from edge_sdk.protocol.rounds import Round, prekey_public, share_context
 
 Json = dict[str, Any]
 INLINE_BYTES = 2048
@@ -820,7 +820,7 @@ def helpers() -> Fleet:
 
 
 def grouped() -> Fleet:
-    seeds = [fixed("groups/device", i) for i in range(8)]
+    seeds = [fixed("groups/device", i) for i in range(9)]
     return Fleet("groups", "helpers", 1, (1, 2), seeds, [fixed("groups/helper", i) for i in range(3)])
 
 
@@ -1025,10 +1025,17 @@ class Script:
         return aggregator.phase(self.coordinator)
 
     def contribute(
-        self, device: int, now_s: int, *, flip_share_of: int | None = None, sealing_key: str | None = None
+        self,
+        device: int,
+        now_s: int,
+        *,
+        flip_share_of: int | None = None,
+        sealing_key: str | None = None,
+        values_of: Sequence[int] | None = None,
     ) -> int:
-        """A dealer that breaks the rules: the last bit of that member's sealed share is the other one, or the header
-        names another sealing key; the header binds it all the same."""
+        """A dealer that breaks the rules: the last bit of that member's sealed share is the other one, or it holds one
+        value again and again (member, value), or the header names another sealing key; the header binds it all the
+        same."""
         training = self.devices[device]
         assert isinstance(training, contributor.Training)
         coins = iter(self.coins(device))
@@ -1041,7 +1048,18 @@ class Script:
         if flip_share_of is not None:
             last = size * flip_share_of - 1
             shares = shares[:last] + bytes([shares[last] ^ 1]) + shares[last + 1 :]
-        if flip_share_of is not None or sealing_key is not None:
+        if values_of is not None:
+            number, value = values_of
+            sealer = sealing.Sealer(
+                derive_key(self.entropy(device), "sealing key", self.round.tid),
+                coins_of(self.coins(device)[number - 1]),
+            )
+            stated = messages.decode(Header, header.body)
+            context = share_context(self.round.tid, stated.sender, stated.key, number, stated.masked)
+            plaintext = value.to_bytes(2, "little") * self.round.thresholds.polynomials
+            resealed = sealer.seal(prekey_public(self.round.prekeys[number - 1]), plaintext, *context)
+            shares = shares[: size * (number - 1)] + resealed + shares[size * number :]
+        if (flip_share_of, sealing_key, values_of) != (None, None, None):
             changed: Json = {"shares": merkle_root([shares[i : i + size] for i in range(0, len(shares), size)])}
             if sealing_key is not None:
                 changed["sealing_key"] = bytes.fromhex(sealing_key)
@@ -1055,7 +1073,7 @@ class Script:
                 "success": True, "name": "contributes", "party": f"device {device}", "operation": "contribute",
                 "now_s": now_s, "header": signed_json(header), "state": "Sent",
                 "masked_sha256": sha256(masked), "shares_sha256": sha256(shares),
-                "flip_share_of": flip_share_of, "sealing_key": sealing_key,
+                "flip_share_of": flip_share_of, "sealing_key": sealing_key, "values_of": values_of,
             }
         )  # fmt: skip
 
@@ -1063,12 +1081,17 @@ class Script:
         self, name: str, header: Signed, masked_of: int, shares_of: int, now_s: int, reason: str | None = None,
         flip: str | None = None,
     ) -> int:  # fmt: skip
-        """flip: 'masked' or 'shares': the lowest bit of its first byte is the other one."""
+        """flip: 'masked' or 'shares': the lowest bit of its first byte is the other one; 'longer masked' or 'longer
+        shares': a zero byte follows it."""
         masked, shares = self.sent[masked_of].masked, self.sent[shares_of].shares
         if flip == "masked":
             masked = bytes([masked[0] ^ 1]) + masked[1:]
         if flip == "shares":
             shares = bytes([shares[0] ^ 1]) + shares[1:]
+        if flip == "longer masked":
+            masked += b"\0"
+        if flip == "longer shares":
+            shares += b"\0"
         contribution = contributor.Contribution(header, masked, shares)
         step: Json = {
             "name": name, "party": "coordinator", "operation": "accept", "header": signed_json(header),
@@ -1215,6 +1238,8 @@ def round_everyone() -> Json:
     script.accept("with another's shares", script.sent[3].header, 3, 2, 2, "are not the ones that its header binds")
     script.accept("a bit of the vector", script.sent[3].header, 3, 3, 2, "is not the one its header binds", "masked")
     script.accept("a bit of the shares", script.sent[3].header, 3, 3, 2, "are not the ones", "shares")
+    script.accept("a byte more of the vector", script.sent[3].header, 3, 3, 2, "8193 bytes instead", "longer masked")
+    script.accept("a byte more of shares", script.sent[3].header, 3, 3, 2, "26001 bytes instead", "longer shares")
     script.accept("late", script.sent[3].header, 3, 3, CLOSES_S, "the round has closed")
     receipt = script.accept("takes it", script.sent[3].header, 3, 3, 2)
     again = script.accept("takes it again", script.sent[3].header, 3, 3, 2)
@@ -1387,24 +1412,29 @@ def round_helpers() -> Json:
 
 
 def round_groups() -> Json:
-    """Eight devices in two groups, of which two deal badly.
+    """Nine devices in two groups, of which three deal badly.
 
     Device A's share does not open for member 2, and device B's for nobody: its sealing key is a point of low order.
-    Member 2 complains about two senders, more than may be corrupt, and is not believed on its word alone; more than c
-    members complain about B. So B is left out, A stays, and member 2 has no sum for A's group: the others' open it.
+    Device C's opens for member 2, to values that are not below 65521. Member 2 complains about three senders, more than
+    may be corrupt, and is not believed on its word alone; more than c members complain about B. So B is left out, A and
+    C stay, and member 2 has no sum for their group: the others' open it.
     """
     script = Script(grouped(), 2, 24)
     fleet, tid = script.fleet, script.round.tid
-    group_of = [fleet.epoch.group_of(script.enrolled(i).index, 2) for i in range(8)]
+    group_of = [fleet.epoch.group_of(script.enrolled(i).index, 2) for i in range(9)]
     a, b = group_of.index(0), group_of.index(1)
-    script.collect(range(8), {a: {"flip_share_of": 2}, b: {"sealing_key": LOW_ORDER}})
+    c = group_of.index(0, a + 1)
+    faults: dict[int, Json] = {
+        a: {"flip_share_of": 2}, b: {"sealing_key": LOW_ORDER}, c: {"values_of": [2, shamir.PRIME]},
+    }  # fmt: skip
+    script.collect(range(9), faults)
     for number in (1, 2, 3):
         script.inspect(number)
     sealed = script.seal(CLOSES_S)
     entries = [
         sorted(
             (script.enrolled(i).index, message_hash(Header, script.sent[i].header.body))
-            for i in range(8)
+            for i in range(9)
             if group_of[i] == g and i != b
         )
         for g in range(2)
@@ -1420,7 +1450,7 @@ def round_groups() -> Json:
     ):
         script.give("member 1", name, script.signed_hex(fleet.coordinator, seal), CLOSES_S, reason)
     finish(script, (1, 2, 3), (1, 2, 3), sealed, garble=True)
-    return script.json("A round of eight devices in two groups, two of which deal badly, opened one by one.")
+    return script.json("A round of nine devices in two groups, three of which deal badly, opened one by one.")
 
 
 def finish(
@@ -1493,7 +1523,7 @@ def ticket_vectors() -> Json:
                 "name": name, "operation": "terms", "step": "terms", "now_s": now_s,
                 "last": {"task": idle.task, "round": idle.round, "tid": idle.tid.hex()},
                 "terms": {"bundle": terms.bundle.hex(), "min_honest": terms.min_honest,
-                          "min_sigma": int(terms.min_sigma)},
+                          "min_noise_multiplier": terms.min_noise_multiplier},
                 **refusal(lambda: idle.on_ticket(script.round, terms, now_s), reason),
             }
         )  # fmt: skip
@@ -1501,7 +1531,7 @@ def ticket_vectors() -> Json:
     terms, idle = contributor.Terms(fixed("bundle")), contributor.Idle("vectors")
     device("another bundle", "is not the one registered", idle, contributor.Terms(fixed("another")))
     device("a cohort below the device's floor", "below this device's 3", idle, contributor.Terms(fixed("bundle"), 3))
-    device("noise below the device's floor", "floor of 101", idle, contributor.Terms(fixed("bundle"), 2, 101))
+    device("noise below the device's floor", "floor of 1000", idle, contributor.Terms(fixed("bundle"), 2, 1000))
     device("another task", "it is for task vectors", contributor.Idle("another"), terms)
     device("the same round", "the same round again", contributor.Idle("vectors", 0, script.round.tid), terms)
     device("an older round", "before the last one", contributor.Idle("vectors", 3, fixed("tid")), terms)

@@ -25,7 +25,7 @@ from edge_sdk.crypto.merkle import MerkleTree, check_inclusion, merkle_root
 from edge_sdk.crypto.stream import KeyStream, uniform_residues
 from edge_sdk.protocol import aggregator, authority, contributor, member, messages, plan
 from edge_sdk.protocol.messages import Delivery, Header, Message, Signed, Ticket, encode, message_hash, wrap
-from edge_sdk.protocol.rounds import Round, share_context, split_shares
+from edge_sdk.protocol.rounds import Round, prekey_public, share_context, split_shares
 
 HERE = Path(__file__).parent
 FILES = {path.stem: json.loads(path.read_text("ascii")) for path in sorted(HERE.glob("*.json"))}
@@ -428,7 +428,7 @@ def test_ticket(file, case):
         if case["operation"] == "terms":
             round_ = Round(epoch, signed(content["cases"][0]["ticket"]))
             last, given = case["last"], case["terms"]
-            terms = contributor.Terms(unhex(given["bundle"]), given["min_honest"], given["min_sigma"])
+            terms = contributor.Terms(unhex(given["bundle"]), given["min_honest"], given["min_noise_multiplier"])
             idle = contributor.Idle(last["task"], last["round"], unhex(last["tid"]))
             idle.on_ticket(round_, terms, case["now_s"])
             return
@@ -593,7 +593,7 @@ class Replay:
         integers = np.array(given["integers"], dtype=np.int64)
         coins = fixed_coins(iter(given["coins"]))
         sent = training.contribute(integers, device, unhex(given["entropy"]), coins, step["now_s"])
-        contribution = self.deal_badly(step, sent.contribution, identity)
+        contribution = self.deal_badly(step, sent.contribution, identity, given)
         assert contribution.header == signed(step["header"])
         assert sha256(contribution.masked) == step["masked_sha256"]
         assert sha256(contribution.shares) == step["shares_sha256"]
@@ -602,13 +602,21 @@ class Replay:
         self.sent[i] = contribution
 
     def deal_badly(
-        self, step: Case, contribution: contributor.Contribution, identity: Identity
+        self, step: Case, contribution: contributor.Contribution, identity: Identity, given: Case
     ) -> contributor.Contribution:
         """What a dealer changes in its contribution before it signs it, if the step says so."""
         header = messages.decode(Header, contribution.header.body)
         shares, size = bytearray(contribution.shares), self.round.share_bytes
         if step["flip_share_of"]:
             shares[size * step["flip_share_of"] - 1] ^= 1
+        if step["values_of"]:
+            number, value = step["values_of"]
+            sealing_seed = derive_key(unhex(given["entropy"]), "sealing key", self.round.tid)
+            sealer = sealing.Sealer(sealing_seed, fixed_coins(iter(given["coins"][number - 1 :])))
+            context = share_context(self.round.tid, header.sender, header.key, number, header.masked)
+            plaintext = value.to_bytes(2, "little") * self.round.thresholds.polynomials
+            resealed = sealer.seal(prekey_public(self.round.prekeys[number - 1]), plaintext, *context)
+            shares[size * (number - 1) : size * number] = resealed
         root = merkle_root([bytes(shares[i : i + size]) for i in range(0, len(shares), size)])
         header = msgspec.structs.replace(
             header, shares=root, sealing_key=unhex(step["sealing_key"]) if step["sealing_key"] else header.sealing_key
@@ -621,6 +629,10 @@ class Replay:
             masked = bytes([masked[0] ^ 1]) + masked[1:]
         elif step["flip"] == "shares":
             shares = bytes([shares[0] ^ 1]) + shares[1:]
+        elif step["flip"] == "longer masked":
+            masked += b"\0"
+        elif step["flip"] == "longer shares":
+            shares += b"\0"
         contribution = contributor.Contribution(signed(step["header"]), masked, shares)
         accepted = aggregator.accept(self.state, contribution, self.coordinator, step["now_s"])
         self.state = accepted.state
