@@ -82,6 +82,8 @@ def measure(n: int, d: int, dropout: float, committee: str, groups: int) -> dict
         accepted = aggregator.accept(collecting, contribution, fleet.coordinator, 2)
         sums[group] += round_.layout.from_bytes(contribution.masked)
         ingest_s.append(time.process_time() - start)
+        if not isinstance(accepted.state, aggregator.Collecting):
+            raise SystemExit("the round did not stay open")
         collecting = accepted.state
         expected[group] += integers
         for number, share in enumerate(accepted.shares or (), start=1):

@@ -7,6 +7,8 @@ import hashlib
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from edge_sdk.errors import ParameterError
+
 HASH_BYTES = 32
 PREFIX = b"sordino/v1/"
 
@@ -36,6 +38,9 @@ def content_hash(content: bytes | bytearray | memoryview) -> bytes:
 def derive_key(secret: bytes, label: str, *context: bytes, length: int = 32) -> bytes:
     """HKDF-SHA256 (RFC 5869) with an empty salt and info = frame(label, *context).
 
-    secret: input keying material of at least 32 bytes of entropy.  length: bytes of output, at most 8160.
+    secret: input keying material of at least 32 bytes.  length: bytes of output, at most 8160.
+    Raises ParameterError on a shorter secret or a longer output.
     """
+    if len(secret) < 32 or not 0 < length <= 255 * HASH_BYTES:
+        raise ParameterError(f"a key of {length} bytes from {len(secret)}: 32 or more are needed, 8160 can be had")
     return HKDF(algorithm=SHA256(), length=length, salt=None, info=frame(label, *context)).derive(secret)

@@ -7,9 +7,10 @@ polynomial is linear, so many blocks share one transform of the short factor.
 **Exactness.** Brent, Percival and Zimmermann 2007 ("Error bounds on complex floating-point multiplication", Theorem
 5.1) bound the error of such a product in float64, for any input, by |a| |s| ((1+u)^(3n) (1+u*sqrt(5))^(3n+1)
 (1+t)^(3n) - 1) with u = 2^-53, n = log2(N/2) = 10 and t the error of the roots of unity (at most 2u here). The twists
-are three further multiplications. With |a| at most 2^31 sqrt(N), the error stays below 1/2, so that rounding
-gives the exact integers, whenever |s| <= MAX_NORM. A longer s is split into limbs that satisfy the bound, and the
-products are added modulo 2^32.
+are three further multiplications. (The theorem is for radix 2. numpy's transform takes radix 4 and 8 passes, which are
+two and three such stages with the same additions and fewer multiplications, so that the bound covers them.) With |a|
+at most 2^31 sqrt(N), the error stays below 1/2, so that rounding gives the exact integers, whenever |s| <= MAX_NORM. A
+longer s is split into limbs that satisfy the bound, and the products are added modulo 2^32.
 """
 
 from __future__ import annotations

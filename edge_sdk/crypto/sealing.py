@@ -50,6 +50,19 @@ def encapsulate(mlkem_public: bytes) -> tuple[bytes, bytes]:
         raise PeerError("prekey: not a valid ML-KEM-768 public key") from error
 
 
+def check_prekey(prekey: PrekeyPublic) -> None:
+    """Return if shares can be sealed to `prekey`, else raise PeerError: a low-order point, or no ML-KEM key.
+
+    One member's unusable prekey would stop every device of the round, so it is found when it is offered.
+    """
+    # Any clamped scalar shows a low order: the product is zero for exactly those points. This one is no secret.
+    _exchange(X25519PrivateKey.from_private_bytes(bytes(X25519_BYTES)), prekey.x25519, "prekey")
+    try:
+        MLKEM768PublicKey.from_public_bytes(prekey.mlkem)
+    except ValueError as error:
+        raise PeerError("prekey: not a valid ML-KEM-768 public key") from error
+
+
 class Sealer:
     """Seals one contribution's shares under one fresh X25519 key."""
 

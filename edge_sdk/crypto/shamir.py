@@ -18,7 +18,7 @@ from edge_sdk.crypto.stream import KeyStream, uniform_residues
 from edge_sdk.errors import ParameterError
 
 PRIME = 65521
-"""The largest prime below 2^16: a share is two bytes, and sums of 10^6 secrets of deviation 4.5 do not wrap."""
+"""The largest prime below 2^16: a share is two bytes, and sums of 8 * 10^5 secrets of deviation 4.5 do not wrap."""
 
 MAX_SUBSETS = 4096
 """How many sets of answers `candidates` tries beyond the unique decoding bound before it gives up."""

@@ -25,6 +25,8 @@ class KeyStream:
     def __init__(self, key: bytes, index: int = 0) -> None:
         if len(key) != SEED_BYTES:
             raise ParameterError(f"a stream key has {SEED_BYTES} bytes, not {len(key)}")
+        if not 0 <= index < 1 << 96:
+            raise ParameterError(f"a stream index lies in [0, 2^96), not {index}")
         nonce = bytes(4) + index.to_bytes(12, "little")
         self._cipher = Cipher(ChaCha20(key, nonce), mode=None).encryptor()
 

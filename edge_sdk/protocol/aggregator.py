@@ -135,7 +135,7 @@ def phase(state: State) -> str:
 class Accepted(NamedTuple):
     """A contribution was taken. The caller stores the blobs and the state, then sends the receipt."""
 
-    state: Collecting
+    state: State
     receipt: bytes
     shares: tuple[SealedShare, ...] | None
     """By member, each with its proof; None if the contribution had been taken before: there is nothing to add."""
@@ -149,14 +149,14 @@ def accept(state: State, contribution: Contribution, coordinator: Identity, now_
     round_ = state.round
     header = round_.check_header(contribution.header)
     digest = message_hash(Header, contribution.header.body)
-    if not isinstance(state, Collecting):
-        raise RoundAborted(f"contribution of sender {header.sender}: the round is {phase(state)}")
     receipt = sign(coordinator, Receipt(round_.tid, header.sender, digest))
-    before = state.entries.get(header.sender)
+    before = state.entries.get(header.sender) if isinstance(state, Collecting | Sealed | Certified) else None
     if before is not None:
         if before.digest != digest:
             raise PeerError(f"contribution: sender {header.sender} already sent another one in this round")
-        return Accepted(state, wrap(Receipt, receipt), None)
+        return Accepted(state, wrap(Receipt, receipt), None)  # also after the seal: the first receipt may be lost
+    if not isinstance(state, Collecting):
+        raise RoundAborted(f"contribution of sender {header.sender}: the round is {phase(state)}")
     if now_s >= round_.ticket.closes_s:
         raise RoundAborted(f"contribution of sender {header.sender}: the round has closed")
     if len(state.entries) >= round_.ticket.n_max:
@@ -197,21 +197,20 @@ def _on_complaint(state: Collecting, signed: Signed) -> Collecting:
 
 
 def excluded(state: Collecting) -> frozenset[int]:
-    """Senders that the seal will leave out: more than c members complained, or one whose word can be taken.
+    """Senders that the seal will leave out: more than c members complained, or few senders are complained about at all.
 
-    More than c complaints hold an honest one. Fewer may come from corrupt members that frame a sender; but a member
-    that complains about at most as many senders as may be corrupt costs little to believe, and one that complains
-    about more is disbelieved. Nobody is blamed either way: neither kind of complaint is a proof.
+    More than c complaints hold an honest one. Fewer may come from corrupt members that frame a sender; they are
+    believed while all senders complained about, together, are no more than may be corrupt, which costs little. Beyond
+    that some complaint is false, and none of them can be told from it. Nobody is blamed either way: a complaint is no
+    proof.
     """
-    thresholds, corrupt = state.round.thresholds, state.round.epoch.frozen.corrupt_devices
     counts: dict[int, int] = {}
-    believed: set[int] = set()
     for senders in state.complaints.values():
         for sender in senders:
             counts[sender] = counts.get(sender, 0) + 1
-        if len(senders) <= corrupt:
-            believed |= senders
-    return frozenset(believed | {sender for sender, count in counts.items() if count > thresholds.corrupt})
+    if len(counts) <= state.round.epoch.frozen.corrupt_devices:
+        return frozenset(counts)
+    return frozenset(sender for sender, count in counts.items() if count > state.round.thresholds.corrupt)
 
 
 def seal(state: Collecting, coordinator: Identity, now_s: float) -> Sealed | Aborted:

@@ -67,8 +67,9 @@ class Terms:
     bundle: bytes
     """Hash of the one bundle that is registered for the task."""
     min_honest: int = 2
-    min_sigma: float = 0.0
-    """Smallest noise per group's sum, integer steps."""
+    min_noise_multiplier: float = 0.0
+    """Smallest noise of a group's sum over the clip, both in weight units. Steps alone would bound nothing: the ticket
+    also says how large a step is."""
 
     def check(self, round_: Round) -> None:
         """Return if this device takes part on these terms, else raise PeerError."""
@@ -79,8 +80,12 @@ class Terms:
             raise PeerError(
                 f"ticket: a cohort of {ticket.honest} honest devices is below this device's {self.min_honest}"
             )
-        if ticket.noise.sigma < self.min_sigma:
-            raise PeerError(f"ticket: noise of {ticket.noise.sigma} is below this device's floor of {self.min_sigma}")
+        multiplier = ticket.noise.sigma * ticket.noise.granularity / ticket.noise.clip
+        if not multiplier >= self.min_noise_multiplier:
+            raise PeerError(
+                f"ticket: noise of {multiplier:.3g} times the clip is below this device's floor of "
+                f"{self.min_noise_multiplier}"
+            )
 
 
 @dataclass(frozen=True)

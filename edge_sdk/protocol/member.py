@@ -18,7 +18,6 @@ from edge_sdk.crypto.sealing import PREKEY_SEED_BYTES, Prekey
 from edge_sdk.crypto.shamir import PRIME
 from edge_sdk.errors import ParameterError, PeerError
 from edge_sdk.protocol.authority import FleetEpoch
-from edge_sdk.protocol.contributor import check_abort
 from edge_sdk.protocol.messages import (
     Abort,
     Certificate,
@@ -37,7 +36,7 @@ from edge_sdk.protocol.messages import (
     message_hash,
     sign,
     unwrap,
-    verify,
+    verify_author,
     wrap,
 )
 from edge_sdk.protocol.rounds import Round, seal_hash, share_context
@@ -126,6 +125,7 @@ def step(
 ) -> tuple[MemberState, bytes | None]:
     """One transition on bytes from outside, and the reply. On an error the old state stands (section 10.2).
 
+    epoch: the newest one, for tickets; a session keeps the epoch that its ticket named.
     Every message may come again: it gives the same reply and changes nothing. Raises PeerError.
     """
     kind, message = unwrap(data)
@@ -133,9 +133,9 @@ def step(
         if kind is Ticket:
             return _on_ticket(state, Round(epoch, message), identity, now_s), None
         if kind is Seal:
-            return _on_seal(state, message, epoch, identity, now_s)
+            return _on_seal(state, message, identity, now_s)
         if kind is Abort:
-            return _on_abort(state, message, epoch)
+            return _on_abort(state, message)
     elif isinstance(message, Delivery):
         return _on_delivery(state, message, identity)
     elif isinstance(message, Certificate):
@@ -238,10 +238,8 @@ def _open_share(round_: Round, header: Header, sealed: SealedShare, prekey: Prek
     return share
 
 
-def _on_seal(
-    state: MemberState, signed: Signed, epoch: FleetEpoch, identity: Identity, now_s: float
-) -> tuple[MemberState, bytes | None]:
-    seal = verify(Seal, epoch.frozen.coordinator, signed)
+def _on_seal(state: MemberState, signed: Signed, identity: Identity, now_s: float) -> tuple[MemberState, bytes | None]:
+    seal = verify_author(Seal, signed, lambda s: _coordinator(state, s.tid, "seal"))
     session = _session(state, seal.tid, "seal")
     digest = seal_hash(signed.body)
     if isinstance(session, Committed):
@@ -297,10 +295,9 @@ def _sum_shares(shares: list[bytes | None]) -> bytes | None:
     return None if total is None else (total % PRIME).astype("<u2").tobytes()
 
 
-def _on_abort(state: MemberState, signed: Signed, epoch: FleetEpoch) -> tuple[MemberState, None]:
-    abort = verify(Abort, epoch.frozen.coordinator, signed)
+def _on_abort(state: MemberState, signed: Signed) -> tuple[MemberState, None]:
+    abort = verify_author(Abort, signed, lambda a: _coordinator(state, a.tid, "abort"))
     session = _session(state, abort.tid, "abort")
-    check_abort(session.round, signed)
     if isinstance(session, Inspecting | Committed):
         state = _close(state, session, abort.reason)
     return state, None
@@ -323,6 +320,11 @@ def _session(state: MemberState, tid: bytes, subject: str) -> Session:
     if session is None:
         raise PeerError(f"{subject}: for a ticket that this member does not know")
     return session
+
+
+def _coordinator(state: MemberState, tid: bytes, subject: str) -> bytes:
+    """The key that signs for this ticket: its own epoch's, though a later epoch may have begun."""
+    return _session(state, tid, subject).round.epoch.frozen.coordinator
 
 
 def _number(round_: Round, identity: Identity) -> int:

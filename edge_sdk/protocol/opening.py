@@ -15,7 +15,8 @@ from edge_sdk.protocol.plan import RESIDUAL_FACTOR
 from edge_sdk.protocol.rounds import Round
 
 _VARIANCE_TOLERANCE = 4
-"""A block's residual variance is accepted within n sigma^2 (1 +- 1/4): eight of its standard deviations."""
+"""The variance of a block's residuals, and of the summed secret, is accepted within n sigma^2 (1 +- 1/4): eight of its
+standard deviations."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ def open_group(
     if len(answers) < thresholds.answers:
         raise RoundAborted(f"{len(answers)} members answered, {thresholds.answers} needed")
 
+    expected = _expected_energy(contributors)
+
     def small(secrets: NDArray[np.int64]) -> bool:
         return _within(int(np.abs(secrets).max()), contributors)
 
@@ -58,6 +61,9 @@ def open_group(
     for secret_sum, disagreeing in thresholds.sharing.candidates(answers, small):
         if not small(secret_sum):
             reasons.append("the summed secret is not short")
+            continue
+        if abs(int(secret_sum @ secret_sum) - expected) * _VARIANCE_TOLERANCE > expected:
+            reasons.append("the summed secret's variance is not that of its contributors' secrets")
             continue
         noisy = masked_sum.copy()
         remove_mask(noisy, secret_sum, round_.tid)
@@ -74,13 +80,17 @@ def _within(magnitude: int, contributors: int) -> bool:
     return (magnitude * SIGMA_DENOMINATOR) ** 2 <= (RESIDUAL_FACTOR * SIGMA_NUMERATOR) ** 2 * contributors
 
 
+def _expected_energy(contributors: int) -> int:
+    """2048 n sigma^2, exactly: 2048 is a multiple of the square of sigma's denominator."""
+    return contributors * SIGMA_NUMERATOR**2 * (DEGREE // SIGMA_DENOMINATOR**2)
+
+
 def _read(round_: Round, contributors: int, noisy: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], float, str | None]:
     """Round every coefficient to a multiple of Delta, in place: (values, residual variance, why not or None)."""
     bits = np.uint32(round_.layout.delta_bits)
     half = np.uint32(1 << (round_.layout.delta_bits - 1))
     low = np.uint32((1 << round_.layout.delta_bits) - 1)
-    # n sigma^2 over a block, as an exact integer: 2048 is a multiple of the square of sigma's denominator.
-    expected = contributors * SIGMA_NUMERATOR**2 * (DEGREE // SIGMA_DENOMINATOR**2)
+    expected = _expected_energy(contributors)
     total, reason = 0.0, None
     for start in range(0, len(noisy), SEGMENT_BLOCKS):
         segment = noisy[start : start + SEGMENT_BLOCKS]

@@ -33,8 +33,9 @@ MIN_FLEET = 4
 def corrupt_in_committee(roster: int, corrupt: int, members: int) -> int:
     """Smallest c with P(more than c of `members` drawn are corrupt) <= 2^-40, by the binomial tail.
 
-    roster: devices enrolled.  corrupt: of them, how many may be.  The draw is without replacement, whose tail beyond
-    the mean the binomial one bounds for every Chernoff argument (Hoeffding 1963, Theorem 4).
+    roster: devices enrolled.  corrupt: of them, how many may be.  The draw is without replacement: its exact tail is
+    the hypergeometric one, which is thinner (Hoeffding 1963, Theorem 4, for convex functions; the tests compare the two
+    for many sizes).
     """
     total, tail, c = roster**members, 0, members
     # P(X > c) grows as c falls: add terms from the top until the next one would pass the bound.

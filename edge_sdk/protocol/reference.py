@@ -166,7 +166,7 @@ def run_round(
         sent = training.contribute(integers, device, own_entropy, encapsulate, now_s=1)
         watch(f"device {number}", "sends its contribution", sent.contribution)
         accepted = aggregator.accept(collecting, sent.contribution, fleet.coordinator, now_s=2)
-        collecting = accepted.state
+        collecting = _now(aggregator.Collecting, accepted.state)
         stored[device.index] = sent.contribution.masked
         for n, share in enumerate(accepted.shares or (), start=1):
             mail[n].append((sent.contribution.header, share))

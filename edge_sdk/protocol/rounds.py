@@ -8,7 +8,7 @@ from itertools import pairwise
 from edge_sdk.crypto.hashing import tagged_hash
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.crypto.merkle import MerkleTree
-from edge_sdk.crypto.sealing import OVERHEAD_BYTES, PrekeyPublic
+from edge_sdk.crypto.sealing import OVERHEAD_BYTES, PrekeyPublic, check_prekey
 from edge_sdk.errors import ParameterError, PeerError
 from edge_sdk.protocol.authority import FleetEpoch
 from edge_sdk.protocol.messages import (
@@ -112,6 +112,10 @@ def _check_prekeys(epoch: FleetEpoch, offers: Sequence[Signed]) -> tuple[PrekeyO
         offer = verify(PrekeyOffer, member.key, signed)
         if (offer.fleet, offer.member) != (epoch.frozen.fleet, member.key):
             raise PeerError(f"ticket: the prekey of member {number} is for another fleet or member")
+        try:
+            check_prekey(prekey_public(offer))
+        except PeerError as error:
+            raise PeerError(f"ticket: member {number}: {error}") from error
         checked.append(offer)
     return tuple(checked)
 

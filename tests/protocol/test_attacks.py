@@ -407,7 +407,10 @@ def field(name: str) -> str:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"noise": NoisePlan("device", 1.0, 1e-4, 99.9)}, "noise of 99.9 is below this device's floor"),
+        ({"noise": NoisePlan("device", 1.0, 1e-4, 99.9)}, "is below this device's floor of 0.01"),
+        # Steps can be made small, and the clip large: what protects is the noise over the clip.
+        ({"noise": NoisePlan("device", 1.0, 1e-9, 100.0)}, "is below this device's floor of 0.01"),
+        ({"noise": NoisePlan("device", 1e20, 1e-4, 100.0)}, "is below this device's floor of 0.01"),
         ({"noise": NoisePlan("device", 1.0, 1e-4, 0.0)}, field("noise")),
         ({"noise": NoisePlan("device", 1.0, 1e-4, -100.0)}, field("noise")),
         ({"noise": NoisePlan("device", 1.0, 1e-4, float("nan"))}, field("noise")),
@@ -434,7 +437,7 @@ def field(name: str) -> str:
 )
 def test_a_forged_plan_is_refused_before_training(changes, match):
     stage = staged(6)
-    terms = Terms(stage.round.ticket.bundle, min_honest=4, min_sigma=100.0)
+    terms = Terms(stage.round.ticket.bundle, min_honest=4, min_noise_multiplier=0.01)
     ticket = ticket_like(stage, **({"honest": 4, "noise": NOISE} | changes))
     with pytest.raises(PeerError, match=match):
         contributor.step(Idle("reference"), wrap(Ticket, ticket), stage.fleet.epoch, terms, 0)
@@ -443,7 +446,7 @@ def test_a_forged_plan_is_refused_before_training(changes, match):
 def test_a_plan_within_the_terms_is_taken():
     """The control of the test above: what it changes is what is refused."""
     stage = staged(6)
-    terms = Terms(stage.round.ticket.bundle, min_honest=4, min_sigma=100.0)
+    terms = Terms(stage.round.ticket.bundle, min_honest=4, min_noise_multiplier=0.01)
     ticket = ticket_like(stage, honest=4, noise=NOISE)
     assert isinstance(contributor.step(Idle("reference"), wrap(Ticket, ticket), stage.fleet.epoch, terms, 0), Training)
 
@@ -556,10 +559,20 @@ def test_a_contribution_replayed_in_another_round_is_refused():
     refused_everywhere(later, stage.contributions[2], "it is for another ticket")
 
 
-def test_a_contribution_replayed_after_the_seal_is_late():
+def test_a_contribution_replayed_after_the_seal_gets_its_receipt_again_and_changes_nothing():
     stage = staged(6)
+    sealed = stage.sealed()
+    again = aggregator.accept(sealed, stage.contributions[2], stage.fleet.coordinator, now_s=CLOSES_S)
+    assert again.state is sealed
+    assert again.shares is None
+
+
+def test_a_contribution_that_comes_first_after_the_seal_is_late():
+    stage = staged(6, senders=(0, 1, 2, 3))
+    sealed = stage.sealed()
+    late = send(stage.fleet, stage.round, 5).contribution
     with pytest.raises(RoundAborted, match="the round is SEALED"):
-        aggregator.accept(stage.sealed(), stage.contributions[2], stage.fleet.coordinator, now_s=CLOSES_S)
+        aggregator.accept(sealed, late, stage.fleet.coordinator, now_s=CLOSES_S)
 
 
 @pytest.mark.parametrize("where", ["with the victim", "instead of the victim"])
