@@ -23,6 +23,7 @@ import export.layers.pooling
 import export.layers.sequence  # noqa: F401  (the handlers register themselves)
 from export.decompositions import DECOMPOSITIONS, simplify
 from export.errors import UnsupportedModelError
+from export.forward import aliases, capture_forward
 from export.layers.probe import probe
 from export.layers.recorder import Layout, Recorder, Recording, Tap
 from export.layers.uses import Dense, Use, guard, merge, to_dense
@@ -114,28 +115,15 @@ class _Builder:
         self.trainable = [p for p in self.parameters if p.role in ("shared", "local")]
         if not any(p.role == "shared" for p in self.trainable):
             raise UnsupportedModelError("no parameter is shared: there is nothing to aggregate")
-        program = _export(spec.model, self.inputs)
-        signature = program.graph_signature
-        self.placeholder_of = {
-            **{name: node for node, name in signature.inputs_to_parameters.items()},
-            **{name: node for node, name in signature.inputs_to_buffers.items()},
-        }
-        self.constants = {
-            node: program.constants[name] for node, name in signature.inputs_to_lifted_tensor_constants.items()
-        }
-        for node, name in signature.inputs_to_buffers.items():
-            if name in signature.non_persistent_buffers:  # a part of the code, not of the model's state
-                self.constants[node] = program.constants[name]
-        self.example_nodes = list(signature.user_inputs)
-        mutated = list(signature.buffers_to_mutate.values())
+        forward = capture_forward(spec.model, self.inputs)
+        self.placeholder_of, self.constants = forward.placeholder_of, forward.constants
+        self.example_nodes = list(forward.examples)
         trained = [self.placeholder_of[p.name] for p in self.trainable if p.name in self.placeholder_of]
-        self.recorder = Recorder(program.graph_module.graph, trained, self.example_nodes)
+        self.recorder = Recorder(forward.graph, trained, self.example_nodes)
         # The fallback differentiates the same graph for one example: every rewriting holds there too.
-        one = _export(spec.model, [x[:1] for x in self.inputs])
-        self.single = Recorder(one.graph_module.graph, (), self.example_nodes)
+        one = capture_forward(spec.model, [x[:1] for x in self.inputs])
+        self.single = Recorder(one.graph, (), self.example_nodes)
         self.layouts = self._probe()
-        if mutated:
-            raise UnsupportedModelError(f"the model changes its buffer {mutated[0]} while it runs: call .eval() on it")
 
     def _probe(self) -> tuple[Layout, ...]:
         generator = torch.Generator().manual_seed(0)  # probing only: nothing secret, the same at every build
@@ -375,22 +363,16 @@ def _parameters(spec: TrainingSpec) -> list[Parameter]:
     for name, value in spec.model.named_buffers():
         if name in kept:
             found.append(Parameter(name, "buffer", value.detach().clone()))
-    known = [p.name for p in found]
+    names = aliases(spec.model)
+    known = [p.name for p in found] + [name for name, first in names.items() if name != first]
+    for name, first in names.items():
+        for patterns in (spec.local, spec.frozen):
+            if matches(name, patterns) and not matches(first, patterns):
+                raise UnsupportedModelError(f"{name!r} is the same tensor as {first!r}: name both, or neither")
     for pattern in (*spec.local, *spec.frozen):
         if not any(matches(name, [pattern]) for name in known):
             raise UnsupportedModelError(f"{pattern!r} is no parameter of the model; it has {', '.join(known)}")
     return found
-
-
-def _export(model: nn.Module, inputs: Sequence[Tensor]) -> torch.export.ExportedProgram:
-    try:
-        return torch.export.export(model, tuple(inputs))
-    except Exception as error:  # noqa: BLE001  (torch.export has no base class of its own for what it refuses)
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedModelError(
-            f"the forward pass cannot be captured as one graph: {first}. Control flow that depends on the data cannot be "
-            "trained on a device: use torch.where, or fixed loops."
-        ) from error
 
 
 def _first(output: Any) -> Tensor:

@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from export.errors import UnsupportedModelError
 from export.layers.linear import arguments, source_of
-from export.layers.recorder import Recorder, aten, layer_of, rewrites
+from export.layers.recorder import Recorder, aten, rewrites
 
 
 def _affine(
@@ -59,35 +58,17 @@ def group_norm(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: M
 
 @rewrites(aten.instance_norm.default)
 def instance_norm(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    (_, x), weight, bias, (_, mean), (_, eps) = arguments(
-        node, args, kwargs, "input", "weight", "bias", "running_mean", "eps"
-    )
-    if mean is not None:
-        raise UnsupportedModelError(f"{layer_of(node)}: running statistics mix examples; use track_running_stats=False")
+    (_, x), weight, bias, (_, eps) = arguments(node, args, kwargs, "input", "weight", "bias", "eps")
     normal = _normalise(x, list(range(2, x.dim())), eps)
     return _affine(recorder, normal, weight, bias, (x.shape[1], *[1] * (x.dim() - 2)))
 
 
-@rewrites(aten.batch_norm.default)
+@rewrites(aten._native_batch_norm_legit_no_training.default)
 def batch_norm(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    (_, x), weight, bias, (_, mean), (_, variance), (_, training), (_, eps) = arguments(
-        node, args, kwargs, "input", "weight", "bias", "running_mean", "running_var", "training", "eps"
+    """In evaluation mode: the statistics are constants. Gives a tuple, as the operator does."""
+    (_, x), weight, bias, (_, mean), (_, variance), (_, eps) = arguments(
+        node, args, kwargs, "input", "weight", "bias", "running_mean", "running_var", "eps"
     )
-    if training or mean is None:
-        raise UnsupportedModelError(
-            f"{layer_of(node)}: BatchNorm in training mode mixes the examples of a batch, so no example has a gradient "
-            "of its own to clip. Use GroupNorm or LayerNorm, or call .eval() on it to keep its statistics fixed."
-        )
     shape = (x.shape[1], *[1] * (x.dim() - 2))
     normal = (x - mean.reshape(shape)) * (variance + eps).rsqrt().reshape(shape)
-    return _affine(recorder, normal, weight, bias, shape)
-
-
-@rewrites(aten.dropout.default)
-def dropout(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    x, p, train = args
-    if train and p > 0:
-        raise UnsupportedModelError(
-            f"{layer_of(node)}: dropout with p = {p} would need randomness inside the graph. Set p = 0, or call .eval() on it."
-        )
-    return x
+    return (_affine(recorder, normal, weight, bias, shape),)

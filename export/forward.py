@@ -1,0 +1,190 @@
+"""The forward pass of a model as one functional graph, or a refusal that names the layer and a remedy.
+
+`torch.export` gives the operators; in-place ones are turned into ordinary ones, because gradients are read off values
+that must not change afterwards. What cannot be differentiated example by example, or would not do the same in every
+run, is refused here, while the graph still says what the user wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as module_hooks
+
+from export.errors import UnsupportedModelError
+from export.layers.recorder import REWRITES, layer_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Forward:
+    """graph: placeholders for parameters, buffers, constants and inputs; one output, the model's first.
+
+    placeholder_of: qualified name -> placeholder; a tensor that goes by several names has one placeholder.
+    constants: placeholder -> tensor.  examples: the placeholders of the inputs, in order.
+    """
+
+    graph: fx.Graph
+    placeholder_of: Mapping[str, str]
+    constants: Mapping[str, Tensor]
+    examples: tuple[str, ...]
+
+
+def capture_forward(model: nn.Module, inputs: Sequence[Tensor]) -> Forward:
+    """`model` on a batch: inputs (B, ...).
+
+    Raises UnsupportedModelError for control flow that depends on the data, randomness, BatchNorm in training mode,
+    buffers that change, torch.no_grad inside forward, and outputs that are not tensors.
+    """
+    entered: list[str] = []
+    with warnings.catch_warnings(), _watched(model, entered):
+        warnings.simplefilter("ignore")  # about torch's own tree specifications, and about a GRU's weight list
+        try:
+            program = torch.export.export(model, tuple(inputs))
+        except Exception as error:  # torch.export has no base class for what it refuses
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UnsupportedModelError(
+                f"{entered[-1] if entered else 'the model'}: the forward pass cannot be captured as one graph: "
+                f"{first}. Control flow that depends on the data cannot be trained on a device: use torch.where, or fixed loops."
+            ) from error
+        for node in program.graph.nodes:
+            _refuse(node)
+        if program.call_spec.out_spec is not None and program.call_spec.out_spec.type is dict:
+            raise UnsupportedModelError(
+                "the model returns a dict: return a tensor, or a tuple whose first is the output"
+            )
+        program = program.run_decompositions({})  # nothing is decomposed: it only makes the graph functional
+    signature = program.graph_signature
+    for name in (*signature.buffers_to_mutate.values(), *signature.parameters_to_mutate.values()):
+        raise UnsupportedModelError(
+            f"{name}: the model changes this tensor while it runs; a training step on a device keeps no such state. "
+            "Call .eval() on the layer, or remove the update (an embedding's max_norm is one)."
+        )
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    constants = {node: program.constants[name] for node, name in signature.inputs_to_lifted_tensor_constants.items()}
+    for node, name in signature.inputs_to_buffers.items():
+        if name in signature.non_persistent_buffers:  # a part of the code, not of the model's state
+            constants[node] = program.constants[name]
+    graph = program.graph_module.graph
+    for node in graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            # A view was enough for the strides of this run; the operators that are run in another form have others.
+            node.target = aten.reshape.default
+    placeholder_of = _join_aliases(model, graph, {name: node for node, name in named.items()})
+    _keep_first_output(graph, signature.user_outputs)
+    return Forward(graph, placeholder_of, constants, tuple(signature.user_inputs))
+
+
+def aliases(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter or buffer -> the first name of the same tensor, itself for most."""
+    first: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for name, value in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        found[name] = first.setdefault(id(value), name)
+    return found
+
+
+def _join_aliases(model: nn.Module, graph: fx.Graph, placeholder_of: dict[str, str]) -> dict[str, str]:
+    """One placeholder for a tensor that goes by several names, as tied weights do."""
+    nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    for name, first in aliases(model).items():
+        if name != first and name in placeholder_of and first in placeholder_of:
+            alias = nodes[placeholder_of.pop(name)]
+            alias.replace_all_uses_with(nodes[placeholder_of[first]])
+            graph.erase_node(alias)
+    return placeholder_of
+
+
+def _keep_first_output(graph: fx.Graph, user_outputs: Sequence[Any]) -> None:
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    by_name = {node.name: node for node in output.args[0] if isinstance(node, fx.Node)}
+    if not user_outputs or user_outputs[0] not in by_name:
+        raise UnsupportedModelError("the model's first output is not a tensor")
+    output.args = ((by_name[user_outputs[0]],),)
+    graph.eliminate_dead_code()
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, entered: list[str]) -> Iterator[None]:
+    """Keeps `entered` the stack of layers whose forward is running; where it fails, the failing one stays on top."""
+    names = {module: name for name, module in model.named_modules()}
+
+    def before(module: nn.Module, args: Any) -> None:
+        entered.append(f"{names.get(module) or 'the model itself'} ({type(module).__name__})")
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        entered.pop()
+
+    handles = (
+        module_hooks.register_module_forward_pre_hook(before),
+        module_hooks.register_module_forward_hook(after),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _refuse(node: fx.Node) -> None:
+    """Raise for an operator that has no place in a training step of independent examples."""
+    if node.op != "call_function":
+        return
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        if "grad_enabled" in str(node.target):
+            raise UnsupportedModelError(
+                f"{layer_of(node)}: torch.no_grad() inside forward is not captured; call .detach() on its result"
+            )
+        raise UnsupportedModelError(
+            f"{layer_of(node)}: {node.target} is control flow, which a training graph cannot hold; use torch.where"
+        )
+    if _depends_on_data(node.meta.get("val")):
+        raise UnsupportedModelError(
+            f"{layer_of(node)}: {node.target} gives a number or a shape that depends on the data. A training graph has "
+            "fixed shapes and no control flow: use torch.where, or multiply by a mask."
+        )
+    given = _given(node)
+    if node.target is aten.batch_norm.default and given["training"]:
+        raise UnsupportedModelError(
+            f"{layer_of(node)}: BatchNorm in training mode mixes the examples of a batch, so no example has a gradient "
+            "of its own to clip. Use GroupNorm or LayerNorm, or call .eval() on it to keep its statistics fixed."
+        )
+    if node.target is aten.instance_norm.default and given["running_mean"] is not None:
+        raise UnsupportedModelError(f"{layer_of(node)}: running statistics mix examples; use track_running_stats=False")
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and node.target not in REWRITES:
+        training = given.get("train", given.get("training", True))
+        share = given.get("dropout_p", given.get("dropout", given.get("p", 1.0)))
+        if training and share:
+            raise UnsupportedModelError(
+                f"{layer_of(node)}: {node.target} (p = {share}) would need randomness inside the graph. For dropout "
+                "set p = 0, or call .eval() on it; other random numbers have to be an input."
+            )
+
+
+def _given(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator by name, defaults included."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {}
+    found = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    found.update({a.name: value for a, value in zip(schema.arguments, node.args, strict=False)})
+    found.update(node.kwargs)
+    return found
+
+
+def _depends_on_data(value: Any) -> bool:
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return True
+    if isinstance(value, Tensor):
+        return any(isinstance(size, torch.SymInt) for size in value.shape)
+    return isinstance(value, tuple | list) and any(_depends_on_data(v) for v in value)
