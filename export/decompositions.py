@@ -13,15 +13,24 @@ aten = torch.ops.aten
 
 
 def _threshold_backward(grad: Tensor, self: Tensor, threshold: float) -> Tensor:
-    """ReLU's: `self` is its output, never negative, so its sign is the mask. A product, where a selection is slow."""
+    """ReLU's: `self` is its output, never negative, so "not zero" is the mask.
+
+    A product, where ONNX Runtime's selection is 25 times slower; a cast, where its sign is 6 times slower.
+    """
     if threshold == 0:
-        return grad * torch.sign(self)
+        return grad * self.to(torch.bool).to(grad.dtype)
     return grad * (self > threshold).to(grad.dtype)
+
+
+def _hardtanh_backward(grad: Tensor, self: Tensor, min_val: float, max_val: float) -> Tensor:
+    """ReLU6's too."""
+    return grad * ((self > min_val) & (self < max_val)).to(grad.dtype)
 
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     **core_aten_decompositions(),
     aten.threshold_backward.default: _threshold_backward,
+    aten.hardtanh_backward.default: _hardtanh_backward,
 }
 for _kept in (aten.addmm.default,):
     DECOMPOSITIONS.pop(_kept, None)

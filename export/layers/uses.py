@@ -21,10 +21,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Outer:
-    """a: (B, T, p), b: (B, T, q); the gradient of a (q, p) parameter."""
+    """a: (B, T, p), b: (B, T, q); the gradient of a (q, p) parameter, or of one of `shape` with as many elements."""
 
     a: Tensor
     b: Tensor
+    shape: tuple[int, ...] | None = None
 
     @property
     def ghost(self) -> bool:
@@ -33,7 +34,8 @@ class Outer:
         return steps == 1 or 2 * steps * steps * (p + q) < 2 * steps * p * q
 
     def dense(self) -> Dense:
-        return Dense(torch.bmm(self.b.transpose(1, 2), self.a))
+        g = torch.bmm(self.b.transpose(1, 2), self.a)
+        return Dense(g if self.shape is None else g.reshape(-1, *self.shape))
 
     def squared_norms(self) -> Tensor:
         """(B,): |G_i|^2 = sum over t, u of <a[i,t], a[i,u]> <b[i,t], b[i,u]>."""
@@ -47,7 +49,8 @@ class Outer:
         """(q, p): sum over i of weights[i] G_i. What a row that does not count holds, NaN even, is replaced first."""
         scaled = guard(self.b * weights[:, None, None], counted)
         flat = guard(self.a, counted).flatten(0, 1)
-        return torch.mm(scaled.flatten(0, 1).t(), flat)
+        g = torch.mm(scaled.flatten(0, 1).t(), flat)
+        return g if self.shape is None else g.reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ def merge(uses: list[Use]) -> Use:
     """All uses of one parameter as one: its gradient is their sum, so norms need the cross terms too."""
     if len(uses) > 1 and all(isinstance(use, Outer) for use in uses):
         outers = [use for use in uses if isinstance(use, Outer)]
-        merged: Use = Outer(torch.cat([use.a for use in outers], 1), torch.cat([use.b for use in outers], 1))
+        a, b = torch.cat([use.a for use in outers], 1), torch.cat([use.b for use in outers], 1)
+        merged: Use = Outer(a, b, outers[0].shape)
     elif len(uses) > 1 and all(isinstance(use, Indexed) for use in uses):
         tables = [use for use in uses if isinstance(use, Indexed)]
         merged = Indexed(
