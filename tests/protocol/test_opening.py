@@ -183,6 +183,16 @@ def test_a_secret_that_is_not_short_is_refused_even_if_it_unmasks():
                 SUMMED.open(total, SUMMED.answers_for(secret))
 
 
+@pytest.mark.parametrize("factor", [0, 2])
+def test_a_secret_whose_variance_is_not_its_contributors_is_refused_even_if_it_unmasks(factor):
+    """Every coefficient is short, but together they are not the sum of six secrets of deviation 4.5."""
+    secret = np.clip(SUMMED.secret * factor, -80, 80)
+    total = SUMMED.total.copy()
+    masks.remove_mask(total, SUMMED.secret - secret, SUMMED.round.tid)
+    with pytest.raises(RoundAborted, match="the summed secret's variance is not that of its contributors' secrets"):
+        SUMMED.open(total, SUMMED.answers_for(secret))
+
+
 @given(st.sets(st.integers(1, 6), min_size=2), st.sets(st.integers(1, 6)), st.integers(1, 65520))
 @settings(max_examples=60)
 def test_whoever_answers_and_whoever_lies_the_sum_is_exact_or_there_is_none(answering, lying, shift):

@@ -396,6 +396,8 @@ class Outcome:
     rolled_back: frozenset[Party]
     seals: frozenset[bytes]
     """Every set that the coordinator sealed: several only if it was rolled back."""
+    receipted: frozenset[int]
+    """The devices that hold a receipt, and forgot."""
 
     @property
     def exact(self) -> bool:
@@ -517,7 +519,12 @@ class Simulation:
     def outcome(self) -> Outcome:
         state = self.coordinator.disk.state
         released = {n: frozenset(seals) for n, seals in self.released.items()}
-        common = released, self.messages, frozenset(self.rolled_back), frozenset(self.seals)
+        receipted = frozenset(
+            party.index
+            for party in self.parties.values()
+            if isinstance(party, Device) and isinstance(idle := party.history[-1], Idle) and idle.tid == self.round.tid
+        )
+        common = released, self.messages, frozenset(self.rolled_back), frozenset(self.seals), receipted
         if not isinstance(state, Done):
             reason = state.reason if isinstance(state, Aborted) else "not finished"
             return Outcome(RoundAborted(reason), {}, {}, *common)

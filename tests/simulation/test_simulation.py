@@ -81,6 +81,7 @@ def test_one_fault_anywhere_changes_nothing(kind):
         assert outcome.exact, i
         assert outcome.contributors == clean.contributors, i
         assert outcome.opened == {0}, i
+        assert outcome.receipted == {0, 1, 2, 3}, i
 
 
 @pytest.mark.parametrize("states", [1, 2, 5])
@@ -141,6 +142,13 @@ def test_exact_sum_or_abort_with_rolled_back_parties(rollbacks, faults, patience
     assert outcome.exact
     if sum(role == "member" for role, _ in outcome.rolled_back) <= 1:
         assert outcome.sets_released() <= 1
+
+
+def test_devices_whose_receipts_are_lost_until_the_seal_are_given_them_afterwards():
+    lost = [Absent(("device", index), "COLLECT") for index in range(5)]
+    outcome = simulate(devices=5, faults=lost)
+    assert outcome.opened == {0}
+    assert outcome.receipted == {0, 1, 2, 3, 4}
 
 
 @given(st.sampled_from(SMALL), st.data())
