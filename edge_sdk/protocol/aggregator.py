@@ -196,21 +196,22 @@ def _on_complaint(state: Collecting, signed: Signed) -> Collecting:
     return replace(state, complaints={**state.complaints, complaint.member: named})
 
 
-def excluded(state: Collecting) -> frozenset[int]:
-    """Senders that the seal will leave out: more than c members complained, or few senders are complained about at all.
+def excluded(state: Collecting, *, proved: bool = False) -> frozenset[int]:
+    """Senders that complaints leave out of the seal: more than c members name them, or one that names few.
 
-    More than c complaints hold an honest one. Fewer may come from corrupt members that frame a sender; they are
-    believed while all senders complained about, together, are no more than may be corrupt, which costs little. Beyond
-    that some complaint is false, and none of them can be told from it. Nobody is blamed either way: a complaint is no
-    proof.
+    More than c complaints hold an honest one.  proved: only those. A shorter list may be a corrupt member's that frames
+    senders; but an honest one names corrupt senders only, so no more than may be corrupt, and such a list is believed.
+    Nobody is blamed either way: a complaint is no proof (docs/decisions/0005-complaints.md).
     """
+    thresholds, corrupt = state.round.thresholds, state.round.epoch.frozen.corrupt_devices
     counts: dict[int, int] = {}
+    believed: set[int] = set()
     for senders in state.complaints.values():
         for sender in senders:
             counts[sender] = counts.get(sender, 0) + 1
-    if len(counts) <= state.round.epoch.frozen.corrupt_devices:
-        return frozenset(counts)
-    return frozenset(sender for sender, count in counts.items() if count > state.round.thresholds.corrupt)
+        if len(senders) <= corrupt and not proved:
+            believed |= senders
+    return frozenset(believed | {sender for sender, count in counts.items() if count > thresholds.corrupt})
 
 
 def seal(state: Collecting, coordinator: Identity, now_s: float) -> Sealed | Aborted:
@@ -223,21 +224,30 @@ def seal(state: Collecting, coordinator: Identity, now_s: float) -> Sealed | Abo
     if now_s < round_.ticket.closes_s and len(state.entries) < round_.ticket.n_max:
         raise ParameterError("the round is still open: seal at its deadline or at n_max")
     left_out = excluded(state)
-    groups: list[list[tuple[int, bytes]]] = [[] for _ in range(round_.groups)]
-    for sender in sorted(set(state.entries) - left_out):
-        entry = state.entries[sender]
-        groups[entry.group].append((sender, entry.digest))
-    largest = max(map(len, groups))
-    groups = [group if len(group) >= round_.min_group else [] for group in groups]
+    groups = _partition(state, left_out)
     if not any(groups):
+        # Believed complaints may shrink a round but not end it: then only what is sure counts.
+        left_out = excluded(state, proved=True)
+        groups = _partition(state, left_out)
+    if not any(groups):
+        came = len(state.entries) - len(left_out)
         return abort(
-            state, coordinator, f"no group has {round_.min_group} contributors: the largest has {largest}"
-            + (f", {len(left_out)} were left out" if left_out else "")
+            state, coordinator, f"no group has {round_.min_group} contributors: {came} came to {round_.groups} groups"
+            + (f", {len(left_out)} more were left out" if left_out else "")
         )  # fmt: skip
     signed = sign(coordinator, Seal(round_.tid, groups))
     members = tuple(tuple(sender for sender, _ in group) for group in groups)
     kept = {sender: state.entries[sender] for group in members for sender in group}
     return Sealed(round_, kept, signed, seal_hash(signed.body), members)
+
+
+def _partition(state: Collecting, left_out: frozenset[int]) -> list[list[tuple[int, bytes]]]:
+    """The contributions that stay, (sender, header hash) ascending by group; groups below h + F are emptied."""
+    groups: list[list[tuple[int, bytes]]] = [[] for _ in range(state.round.groups)]
+    for sender in sorted(set(state.entries) - left_out):
+        entry = state.entries[sender]
+        groups[entry.group].append((sender, entry.digest))
+    return [group if len(group) >= state.round.min_group else [] for group in groups]
 
 
 def _on_signature(state: Sealed | Certified, signed: Signed) -> Sealed | Certified:
