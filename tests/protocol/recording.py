@@ -120,7 +120,8 @@ class Recording:
     letters: tuple[Letter, ...]
     contributions: tuple[contributor.Contribution, ...]
     targets: tuple[Target, ...]
-    collecting: aggregator.Collecting
+    coordinators: tuple[aggregator.State, ...]
+    """The coordinator before any contribution and in every later phase."""
 
     @property
     def signers(self) -> tuple[Identity, ...]:
@@ -385,6 +386,7 @@ def _record(fleet: reference.Fleet, groups: int) -> Recording:
             member_target("committed without shares", without_shares)
     assert isinstance(state, aggregator.Certified)
     coordinator_target("certified", state)
+    certified = state
     certificate = keep_plain(state.certificate)
     aborting = fleet.members[0]
     for i, identity in enumerate(fleet.committee):
@@ -411,7 +413,7 @@ def _record(fleet: reference.Fleet, groups: int) -> Recording:
     coordinator_target("done", done)
     return Recording(
         fleet_authority, coordinator, tuple(fleet.devices), tuple(fleet.committee), epoch, round_, tuple(letters),
-        tuple(contributions), tuple(targets), full,
+        tuple(contributions), tuple(targets), (aggregator.Collecting(round_), full, sealed, certified, done, notice),
     )  # fmt: skip
 
 
@@ -684,10 +686,10 @@ def hostile_contribution(rng: Random, rec: Recording) -> contributor.Contributio
 
 
 def give_contribution(rec: Recording, contribution: contributor.Contribution) -> str | None:
-    """Offer it to a coordinator that has all but its sender's, and to one that has every sender's."""
+    """Offer it to the coordinator in every phase. None if it was accepted while none had come, else the reason."""
     said = None
-    fresh = aggregator.Collecting(rec.round)
-    for state in (rec.collecting, fresh):
+    for state in reversed(rec.coordinators):
+        said = None
         before = fingerprint(state)
         try:
             accepted = aggregator.accept(state, contribution, rec.coordinator, NOW_S)
@@ -702,8 +704,11 @@ def give_contribution(rec: Recording, contribution: contributor.Contribution) ->
                 rec.round.share_bytes * len(rec.committee),
             ):
                 raise Violated("accept: more than the header binds was taken")
-            if set(state.entries) - set(accepted.state.entries):
-                raise Violated("accept: an entry was lost")
+            before_it = getattr(state, "entries", {})
+            if not before_it.items() <= accepted.state.entries.items():  # type: ignore[union-attr]
+                raise Violated("accept: an entry was lost or exchanged")
+            if accepted.shares is not None and not isinstance(state, aggregator.Collecting):
+                raise Violated("accept: a contribution was added to a set that is fixed")
         if fingerprint(state) != before:
             raise Violated("accept: the old state changed")
     return said

@@ -157,8 +157,8 @@ def test_a_share_that_is_no_share_is_complained_about(committee):
 def test_a_complaint_about_everybody_ends_in_a_seal_or_an_abort():
     """A complaint that passed `step` never breaks `seal`, whoever it names."""
     rec = recording.recording("helpers")
-    state: aggregator.State = rec.collecting
+    state: aggregator.State = rec.coordinators[1]
     for number, identity in enumerate(rec.committee, start=1):
-        complaint = sign(identity, Complaint(rec.round.tid, number, list(rec.collecting.entries)))
+        complaint = sign(identity, Complaint(rec.round.tid, number, list(rec.coordinators[1].entries)))
         state = aggregator.step(state, wrap(Complaint, complaint))
     assert isinstance(aggregator.seal(state, rec.coordinator, recording.NOW_S), aggregator.Aborted)

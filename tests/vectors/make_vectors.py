@@ -116,6 +116,20 @@ def hashing_vectors() -> Json:
                 "result": derive_key(secret, "beacon", *parts, length=42).hex(),
             }
         )  # fmt: skip
+    for name, short, length in (
+        ("a secret of 31 bytes", fixed("secret")[:31], 32),
+        ("more than HKDF can give", fixed("secret"), 8161),
+    ):
+        cases.append(
+            {
+                "name": name, "operation": "derive_key", "step": "derive_key", "label": "beacon", "parts": [],
+                "secret": short.hex(), "length": length,
+                **refusal(
+                    lambda s=short, n=length: derive_key(s, "beacon", length=n),
+                    f"a key of {length} bytes from {len(short)}",
+                ),
+            }
+        )  # fmt: skip
     content = fixed("content", length=100)
     cases.append(
         {
@@ -123,7 +137,7 @@ def hashing_vectors() -> Json:
             "result": content_hash(content).hex(),
         }
     )  # fmt: skip
-    return {"about": "Framing, hashing and key derivation. Hashing refuses nothing.", "cases": cases}
+    return {"about": "Framing, hashing and key derivation.", "cases": cases}
 
 
 def stream_vectors() -> Json:
@@ -166,6 +180,12 @@ def stream_vectors() -> Json:
         {
             "name": "a key of 31 bytes", "operation": "read", "key": key[:31].hex(), "index": "0", "counts": [1],
             "step": "key", **refusal(lambda: KeyStream(key[:31]), "a stream key has 32 bytes"),
+        }
+    )  # fmt: skip
+    cases.append(
+        {
+            "name": "an index of 97 bits", "operation": "read", "key": key.hex(), "index": str(2**96), "counts": [1],
+            "step": "index", **refusal(lambda: KeyStream(key, 2**96), "a stream index lies in [0, 2^96)"),
         }
     )  # fmt: skip
     return {"about": "ChaCha20 as a generator, and exactly uniform residues.", "cases": cases}
@@ -1321,6 +1341,8 @@ def round_everyone() -> Json:
     script.give(m1, "another set", script.signed_hex(coordinator, Seal(tid, [entries[:3]])), CLOSES_S,
                 "already signed another set")  # fmt: skip
     script.give(m1, "a delivery after signing", {"delivery": everybody}, CLOSES_S, "not expected while Committed")
+    script.accept("the receipt was lost: takes it after the seal", script.sent[3].header, 3, 3, CLOSES_S)
+    script.accept("another contribution after the seal", twice, 3, 3, CLOSES_S, "already sent another one")
     digest = script.coordinator.digest  # type: ignore[union-attr]
     astray = SealSignature(tid, fixed("set"), 1)
     script.give("coordinator", "a signature over another set", script.signed_hex(fleet.members[0], astray), CLOSES_S,
@@ -1477,10 +1499,13 @@ def ticket_vectors() -> Json:
     """Tickets against one epoch and one device's terms."""
     script = Script(helpers(), 1, 24)
     fleet, ticket = script.fleet, script.ticket
+    offers = msgspec.msgpack.encode(script.offers).hex()
     cases: list[Json] = []
 
     def case(name: str, signed: Signed, reason: str | None = None) -> None:
-        given: Json = {"name": name, "operation": "ticket", "ticket": signed_json(signed)}
+        stated = signed_json(signed)
+        stated["body"] = stated["body"].replace(offers, "{offers}")
+        given: Json = {"name": name, "operation": "ticket", "ticket": stated}
         if reason is None:
             round_ = Round(fleet.epoch, signed)
             layout = {"delta_bits": round_.layout.delta_bits, "blocks": round_.layout.blocks}
@@ -1514,6 +1539,10 @@ def ticket_vectors() -> Json:
     case("two prekeys exchanged", changed(prekeys=script.offers[::-1]), "prekeyoffer: the signature is not valid")
     case("a prekey for another fleet", changed(prekeys=offered(0, fleet=fixed("fleet"))), "another fleet or member")
     case("a prekey in another's name", changed(prekeys=offered(2, member=fixed("x"))), "another fleet or member")
+    case(
+        "a prekey of low order", changed(prekeys=offered(1, x25519=bytes.fromhex(LOW_ORDER))), "not a usable X25519 key"
+    )
+    case("a prekey that is no ML-KEM key", changed(prekeys=offered(1, mlkem=b"\xff" * 1184)), "not a valid ML-KEM-768")
     odd = b"\xdc\x00\x0f" + encode(ticket)[1:]
     case("not canonical", Signed(odd, fleet.coordinator.sign("ticket", odd)), "canonical")
 
@@ -1538,7 +1567,9 @@ def ticket_vectors() -> Json:
     device("not chained", "does not follow", contributor.Idle("vectors", -1, fixed("another")), terms)
     device("closed", "has closed", idle, terms, CLOSES_S)
     return {
-        "about": "Tickets against one epoch. The cases named 'terms' give the first ticket to a device in a state.",
+        "about": "Tickets against one epoch. In a body, {offers} stands for the hex of `offers`, the list of prekeys. "
+        "The cases named 'terms' give the first ticket to a device in a state.",
+        "offers": offers,
         "authority_key": fleet.authority.public_key.hex(), "epoch": signed_json(fleet.signed), "cases": cases,
     }  # fmt: skip
 
