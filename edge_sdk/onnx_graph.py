@@ -249,9 +249,14 @@ class _Reader:
             raise self._fault(where, "the operator is not on the allow-list")
         for attribute in self._messages(values, "attribute"):
             fields = self._fields(attribute, _ATTRIBUTE, where)
-            kind = self._number(fields, "type")
+            kind, name = self._number(fields, "type"), self._text(fields, "name", where)
             if kind not in _ATTRIBUTE_TYPES:
-                raise self._fault(where, f"attribute {self._text(fields, 'name', where)!r} of type {kind}: refused")
+                raise self._fault(where, f"attribute {name!r} of type {kind}: refused")
+            # The two ways to a string tensor that no stored tensor or operator name shows.
+            if operator == "Constant" and name.startswith("value_string"):
+                raise self._fault(where, "strings: refused")
+            if operator == "Cast" and name == "to" and self._number(fields, "i") not in _ITEM_BYTES:
+                raise self._fault(where, f"data type {self._number(fields, 'i')}: refused")
             if "t" in fields:
                 self._tensor(self._messages(fields, "t")[0], where)
         return operator
