@@ -884,19 +884,35 @@ def test_a_dealer_whose_complaint_is_lost_costs_one_answer_of_its_group_only(lie
     opens_exactly(stage, done, group, tuple(sorted((*others_of(stage, group, without=liar), liar))))
 
 
-@given(st.data())
-@settings(max_examples=40, deadline=None)
-def test_corrupt_members_that_complain_exclude_at_most_f_honest_senders(data):
+@given(
+    st.tuples(
+        *[st.lists(st.sets(st.integers(0, 11), max_size=1) | st.sets(st.integers(0, 11)), max_size=3) for _ in "12"]
+    )
+)
+def test_corrupt_members_that_complain_exclude_at_most_f_honest_senders_each(lists):
     """c = 2 of 5 helpers are corrupt and F = 1: whatever they claim, in however many messages."""
     stage = staged(12, "helpers", helpers=5)
     limit = stage.round.epoch.frozen.corrupt_devices
-    for n in (1, 2):
-        for senders in data.draw(st.lists(st.sets(st.integers(0, 11)), max_size=3)):
+    named: list[set[int]] = [set().union(*claims) for claims in lists]
+    for n, claims in enumerate(lists, start=1):
+        for senders in claims:
             claim = Complaint(stage.round.tid, n, sorted(senders))
             stage.complain([wrap(Complaint, sign(stage.fleet.committee[n - 1], claim))])
     left_out = aggregator.excluded(stage.collecting)
-    assert len(left_out) <= limit
-    assert len(stage.sealed().entries) >= 12 - limit
+    assert left_out == set().union(*(senders for senders in named if len(senders) <= limit))
+    assert len(left_out) <= 2 * limit
+    assert len(stage.sealed().entries) == 12 - len(left_out)
+
+
+def test_complaints_of_corrupt_members_alone_do_not_end_a_round():
+    """A cohort that has h + F and nobody to spare: leaving the framed sender out would end the round."""
+    stage = staged(12, "helpers", helpers=5, senders=range(4))
+    for n, framed in ((1, 0), (2, 3)):
+        claim = Complaint(stage.round.tid, n, [framed])
+        stage.complain([wrap(Complaint, sign(stage.fleet.committee[n - 1], claim))])
+    assert aggregator.excluded(stage.collecting) == {0, 3}
+    assert aggregator.excluded(stage.collecting, proved=True) == frozenset()
+    opens_exactly(stage, inspected(stage).finish(), 0, (0, 1, 2, 3))
 
 
 def test_corrupt_members_that_complain_about_everyone_exclude_nobody():
@@ -983,7 +999,7 @@ def test_a_share_sum_that_is_wrong_on_purpose_is_corrected_or_aborts_the_group(k
 
 
 @given(st.integers(0, 5), st.integers(1, 2047), st.integers(1, PRIME - 1))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_with_no_answer_to_spare_one_wrong_value_aborts(liar, position, shift):
     """Only R of the members answer and one of them is wrong in one value: nothing is left to correct it with."""
     stage = certified_stage()

@@ -318,6 +318,13 @@ def test_a_later_ticket_closes_an_inspection_and_leaves_what_was_signed():
             assert later.tell(1, CERTIFICATE) is not None
 
 
+def test_a_set_is_not_signed_once_a_later_ticket_of_its_task_was_seen_even_if_its_inspection_stands():
+    """Section 4's condition by itself: a later ticket also closes the inspection, so this state cannot come about."""
+    stage = at("Inspecting")
+    stage.states[1] = replace(stage.states[1], newest={"reference": (1, seed("a later ticket"))})
+    stage.refuses(1, SEAL, "seal: a later ticket of this task was seen")
+
+
 def test_rounds_of_two_tasks_do_not_disturb_each_other():
     stage = at("Inspecting")
     other = following(stage, task="another", round=0, previous=bytes(32))

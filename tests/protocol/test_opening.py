@@ -14,7 +14,9 @@ from stage import integers_of, seed, staged
 from edge_sdk.crypto import masks
 from edge_sdk.crypto.stream import KeyStream
 from edge_sdk.errors import ParameterError, RoundAborted
+from edge_sdk.protocol import reference
 from edge_sdk.protocol.opening import GroupSum, _within, open_group
+from edge_sdk.protocol.rounds import Round
 
 DIMENSION, SENDERS = 2060, 6
 """Two blocks: the payload ends in the second."""
@@ -23,9 +25,8 @@ DIMENSION, SENDERS = 2060, 6
 class Summed:
     """What the coordinator holds at the opening of six honest contributions, and what is behind it."""
 
-    def __init__(self) -> None:
-        stage = staged(6, dimension=DIMENSION, senders=())
-        self.round = stage.round
+    def __init__(self, round_: Round) -> None:
+        self.round = round_
         self.total = np.zeros((self.round.layout.blocks, 2048), dtype=np.uint32)
         self.secret = np.zeros(2048, dtype=np.int64)
         for i in range(SENDERS):
@@ -38,11 +39,12 @@ class Summed:
             self.total += message
             self.secret += secret
         self.answers = self.answers_for(self.secret)
-        self.expected = stage.true_sum(range(SENDERS))
+        modulus = 1 << self.round.layout.modulus_bits
+        self.expected = (sum(integers_of(i, DIMENSION) for i in range(SENDERS)) % modulus).astype(np.uint32)
 
     def answers_for(self, secret: NDArray[np.int64]) -> dict[int, NDArray[np.int64]]:
         shares = self.round.thresholds.sharing.share(secret, KeyStream(seed("opening shares")))
-        return {n: shares[n - 1] for n in range(1, 7)}
+        return {n: shares[n - 1] for n in range(1, len(shares) + 1)}
 
     def open(self, total: NDArray[np.uint32] | None = None, answers: dict | None = None, n: int = SENDERS) -> GroupSum:
         return open_group(
@@ -57,7 +59,7 @@ class Summed:
         return (total.astype(np.int64) + delta // 2) % delta - delta // 2
 
 
-SUMMED = Summed()
+SUMMED = Summed(staged(6, dimension=DIMENSION, senders=()).round)
 BITS = SUMMED.round.layout.delta_bits
 
 
@@ -208,6 +210,26 @@ def test_whoever_answers_and_whoever_lies_the_sum_is_exact_or_there_is_none(answ
     np.testing.assert_array_equal(opened.values, SUMMED.expected)
     assert opened.disagreeing == lying & answering
     assert honest >= 2
+
+
+def drawn_thirty() -> Summed:
+    """The table's drawn committee: m = 30, c = 15, rho = 8, R = 23."""
+    fleet = reference.make_fleet(seed("thirty"), 200, "drawn", drawn=30, corrupt=10)
+    round_ = reference.open_ticket(fleet, seed("thirty"), DIMENSION, n_max=200)
+    assert (round_.thresholds.members, round_.thresholds.answers) == (30, 23)
+    return Summed(round_)
+
+
+def test_three_wrong_answers_of_thirty_are_decoded_although_no_search_would_find_a_clean_subset():
+    """floor((30 - 23) / 2) = 3. The first 4,096 subsets of 23 in lexicographic order all hold member 1, who lies."""
+    summed = drawn_thirty()
+    for liars in ((1,), (1, 2), (1, 2, 3), (28, 29, 30)):
+        answers = {n: (values + 1) % 65521 if n in liars else values for n, values in summed.answers.items()}
+        opened = summed.open(answers=answers)
+        np.testing.assert_array_equal(opened.values, summed.expected)
+        assert opened.disagreeing == set(liars)
+    with pytest.raises(RoundAborted, match="no sum passes the checks: more than 3 answers disagree"):
+        summed.open(answers={n: (v + n) % 65521 if n <= 4 else v for n, v in summed.answers.items()})
 
 
 @pytest.mark.parametrize("answering", [(), (3,)])
