@@ -52,7 +52,8 @@ def capture_forward(model: nn.Module, inputs: Sequence[Tensor]) -> Forward:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UnsupportedModelError(
                 f"{entered[-1] if entered else 'the model'}: the forward pass cannot be captured as one graph: "
-                f"{first}. Control flow that depends on the data cannot be trained on a device: use torch.where, or fixed loops."
+                f"{first}. Control flow that depends on the data cannot be trained on a device: use torch.where, or "
+                "fixed loops."
             ) from error
         for node in program.graph.nodes:
             _refuse(node)

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.func import functional_call, grad, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import export.layers.convolution
 import export.layers.linear
@@ -24,13 +24,14 @@ import export.layers.sequence  # noqa: F401  (the handlers register themselves)
 from export.decompositions import DECOMPOSITIONS, simplify
 from export.errors import UnsupportedModelError
 from export.forward import aliases, capture_forward
-from export.layers.probe import probe
-from export.layers.recorder import Layout, Recorder, Recording, Tap
+from export.layers.probe import Draws, probe
+from export.layers.recorder import Layout, NotPerExampleError, Recorder, Recording, Tap, layer_of
 from export.layers.uses import Dense, Use, guard, merge, to_dense
 from export.losses import Loss, resolve_loss
 
 Unit = Literal["device", "example"]
 Role = Literal["shared", "local", "frozen", "buffer"]
+_DTYPES = (torch.float32, torch.int64, torch.int32)
 _LARGEST = 3.0e38  # below float32's largest: what is above it, or NaN, does not count
 
 
@@ -75,7 +76,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CapturedStep:
-    """The training step and the predict graph as fx graphs of plain operators, with names for every input and output."""
+    """The training step and the predict graph as fx graphs of plain operators, with names for all inputs and outputs."""
 
     train: fx.GraphModule
     predict: fx.GraphModule
@@ -109,8 +110,10 @@ class _Builder:
         self.inputs = [x.detach().unsqueeze(0).expand(batch, *x.shape).contiguous() for x in spec.inputs]
         self.label = spec.label.detach().unsqueeze(0).expand(batch, *spec.label.shape).contiguous()
         for tensor in self.inputs:
-            if tensor.dtype not in (torch.float32, torch.int64, torch.int32):
+            if tensor.dtype not in _DTYPES:
                 raise UnsupportedModelError(f"an input of {tensor.dtype}: use float32, int64 or int32")
+        if self.label.dtype not in _DTYPES:
+            raise UnsupportedModelError(f"a label of {self.label.dtype}: use float32, int64 or int32")
         self.parameters = _parameters(spec)
         self.trainable = [p for p in self.parameters if p.role in ("shared", "local")]
         if not any(p.role == "shared" for p in self.trainable):
@@ -120,29 +123,78 @@ class _Builder:
         self.example_nodes = list(forward.examples)
         trained = [self.placeholder_of[p.name] for p in self.trainable if p.name in self.placeholder_of]
         self.recorder = Recorder(forward.graph, trained, self.example_nodes)
+        if not self.recorder.output_depends:
+            raise UnsupportedModelError("the model's output does not depend on its inputs")
         # The fallback differentiates the same graph for one example: every rewriting holds there too.
         one = capture_forward(spec.model, [x[:1] for x in self.inputs])
         self.single = Recorder(one.graph, (), self.example_nodes)
         self.layouts = self._probe()
 
-    def _probe(self) -> tuple[Layout, ...]:
+    def _probe(self) -> tuple[Layout | None, ...]:
         generator = torch.Generator().manual_seed(0)  # probing only: nothing secret, the same at every build
 
-        def noise(like: Tensor) -> Tensor:
+        def floats(like: Tensor) -> Tensor:
+            return torch.randn(like.shape, generator=generator, dtype=like.dtype)
+
+        def pair(like: Tensor, high: int, draw: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
             if like.is_floating_point():
-                return torch.randn(like.shape, generator=generator, dtype=like.dtype)
-            high = self.vocabulary or 2
-            return torch.randint(0, high, like.shape, generator=generator, dtype=like.dtype)
+                return draw(like), draw(like)
+            first = torch.randint(0, high, like.shape, generator=generator, dtype=like.dtype)
+            step = torch.randint(1, max(high, 2), like.shape, generator=generator, dtype=like.dtype)
+            return first, (first + step) % high  # another value everywhere: every change shows
 
         values = {
-            self.placeholder_of[p.name]: p.value + 0.05 * noise(p.value) if p.role != "buffer" else p.value
+            self.placeholder_of[p.name]: p.value + 0.05 * floats(p.value) if p.role != "buffer" else p.value
             for p in self.parameters
             if p.name in self.placeholder_of
         }
         values.update(self.constants)
-        first = dict(zip(self.example_nodes, map(noise, self.inputs), strict=True))
-        second = dict(zip(self.example_nodes, map(noise, self.inputs), strict=True))
-        return probe(self.recorder, values, first, second, self.batch).layouts
+
+        def draws(draw: Callable[[Tensor], Tensor]) -> tuple[Draws, Recording]:
+            pairs = [pair(x, self.vocabulary or 2, draw) for x in self.inputs]
+            first = dict(zip(self.example_nodes, (one for one, _ in pairs), strict=True))
+            second = dict(zip(self.example_nodes, (two for _, two in pairs), strict=True))
+            base = self.recorder.run({**values, **first})
+            classes = base.first_output.shape[-1] if base.first_output.dim() > self.label.dim() else 2
+            labels = pair(self.label, classes, lambda y: torch.rand(y.shape, generator=generator))
+            return Draws(first, second, *labels), base
+
+        found, base = draws(floats)
+        if self._losses(base.first_output, found.first_labels).isnan().any():
+            # A logarithm or a root may want positive inputs.
+            found, base = draws(lambda x: 0.01 + torch.rand(x.shape, generator=generator))
+            if self._losses(base.first_output, found.first_labels).isnan().any():
+                where = next((layer_of(n) for n in self.recorder.graph.nodes if _has_nan(base, n.name)), "the loss")
+                raise UnsupportedModelError(
+                    f"{where}: NaN for random inputs, normal or in (0, 1), so it cannot be seen whether examples mix. "
+                    "Keep logarithms, roots and divisions away from their poles."
+                )
+        layouts = probe(self.recorder, values, found, self._losses, self.batch).layouts
+        self._check_alone(values, found.first, base)
+        return layouts
+
+    def _check_alone(self, values: Mapping[str, Tensor], inputs: Mapping[str, Tensor], base: Recording) -> None:
+        """The graph for one example must say the same as the graph for a batch: the fallback differentiates it."""
+        for i in (0, self.batch - 1):
+            one = {name: x[i : i + 1] for name, x in inputs.items()}
+            alone = self.single.run({**values, **one}).first_output.detach()
+            among = base.first_output[i : i + 1].detach()
+            if alone.shape != among.shape or not torch.allclose(
+                alone, among, rtol=1e-3, atol=1e-3 * float(among.abs().nan_to_num(0, 0, 0).max()), equal_nan=True
+            ):
+                raise UnsupportedModelError(
+                    "the model's output for an example alone is not the one for the same example in a batch: the "
+                    "batch must be the first axis of the output, and no parameter may have an axis of the batch's size"
+                )
+
+    def _losses(self, output: Tensor, label: Tensor) -> Tensor:
+        losses = self.loss.per_example(output, label)
+        if losses.shape != (self.batch,) or not losses.is_floating_point():
+            raise UnsupportedModelError(
+                f"the loss gives {tuple(losses.shape)} {losses.dtype} for a batch of {self.batch}: it must give one "
+                "float for each example; do not reduce over the batch"
+            )
+        return losses
 
     def build(self) -> CapturedStep:
         names = [p.name for p in self.parameters]
@@ -178,8 +230,7 @@ class _Builder:
 
         def forward(*flat: Tensor) -> Tensor:
             state = dict(zip(names, flat[: len(names)], strict=True))
-            result: Tensor = functional_call(evaluation, state, tuple(flat[len(names) :]))
-            return result
+            return _first(functional_call(evaluation, state, tuple(flat[len(names) :])))
 
         with torch.no_grad():
             predict_example = (*values, *self.inputs)
@@ -214,13 +265,8 @@ class _Builder:
         values.update(zip(self.example_nodes, inputs, strict=True))
         with torch.enable_grad():
             recording = self.recorder.run(values)
-            output = _first(recording.output)
-            losses = self.loss.per_example(output, label)
-            if losses.shape != (self.batch,):
-                raise UnsupportedModelError(
-                    f"the loss gives {tuple(losses.shape)} for a batch of {self.batch}: it must give one value for each "
-                    "example; do not reduce over the batch"
-                )
+            output = recording.first_output
+            losses = self._losses(output, label)
             uses = self._uses(recording, losses, values, report)
         losses = losses.detach()
         for p in self.trainable:
@@ -270,10 +316,14 @@ class _Builder:
     ) -> dict[str, Use]:
         """Per parameter, all its uses as one. Parameters in the recording's fallback are left out."""
         by_name = {self.placeholder_of[p.name]: p.name for p in self.trainable if p.name in self.placeholder_of}
+        for tap, layout in zip(recording.taps, self.layouts, strict=True):
+            if layout is None:
+                for root in self.recorder.roots[tap.source]:
+                    recording.fallback.setdefault(root, f"the examples' place was not found in {tap.layer}")
         taps = [
             (tap, layout)
             for tap, layout in zip(recording.taps, self.layouts, strict=True)
-            if not self.recorder.roots[tap.source] & recording.fallback.keys()
+            if layout is not None and not self.recorder.roots[tap.source] & recording.fallback.keys()
         ]
         outputs = list({id(tap.output): tap.output for tap, _ in taps}.values())
         found = torch.autograd.grad(losses.sum(), outputs, allow_unused=True) if outputs else ()
@@ -281,10 +331,16 @@ class _Builder:
         gathered: dict[str, list[tuple[Tap, Use]]] = {}
         for tap, layout in taps:
             (root,) = self.recorder.roots[tap.source]
-            use = tap.build(layout, gradient_of[id(tap.output)].detach(), tap.inputs)
+            try:
+                use = tap.build(layout, gradient_of[id(tap.output)].detach(), tap.inputs)
+            except NotPerExampleError:
+                recording.fallback[root] = f"the examples' place in {tap.layer}"
+                continue
             gathered.setdefault(root, []).append((tap, use))
         uses: dict[str, Use] = {}
         for root, pairs in gathered.items():
+            if root in recording.fallback:
+                continue
             name = by_name[root]
             sources = {tap.source for tap, _ in pairs}
             if len(sources) == 1:
@@ -339,7 +395,7 @@ class _Builder:
 
         def single(value: Tensor, xs: tuple[Tensor, ...], y: Tensor) -> Tensor:
             examples = {node: x[None] for node, x in zip(self.example_nodes, xs, strict=True)}
-            output = _first(self.single.run({**values, self.placeholder_of[name]: value, **examples}).output)
+            output = self.single.run({**values, self.placeholder_of[name]: value, **examples}).first_output
             return self.loss.per_example(output, y[None])[0]
 
         reason = recording.fallback.get(self.placeholder_of[name], "")
@@ -376,8 +432,14 @@ def _parameters(spec: TrainingSpec) -> list[Parameter]:
 
 
 def _first(output: Any) -> Tensor:
-    result: Tensor = output[0] if isinstance(output, tuple | list) else output
+    while isinstance(output, tuple | list):
+        output = output[0]
+    result: Tensor = output
     return result
+
+
+def _has_nan(recording: Recording, name: str) -> bool:
+    return name in recording.values and bool(recording.values[name].isnan().any())
 
 
 def _copy_in_eval(model: nn.Module) -> nn.Module:

@@ -27,8 +27,8 @@ INJECTIVE_VIEWS = frozenset(
     {
         aten.t.default, aten.transpose.int, aten.permute.default, aten.view.default, aten.reshape.default,
         aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim,
-        aten.squeeze.dims, aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default,
-        aten.slice.Tensor, aten.select.int, aten.narrow.default, aten.flatten.using_ints, aten.unflatten.int,
+        aten.squeeze.dims, aten.contiguous.default, aten.clone.default, aten.alias.default, aten.slice.Tensor,
+        aten.select.int, aten.narrow.default, aten.flatten.using_ints, aten.unflatten.int,
         aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, operator.getitem,
         aten.numpy_T.default, aten.mT.default, aten.movedim.int,
     }
@@ -39,13 +39,14 @@ INJECTIVE_VIEWS = frozenset(
 class Tap:
     """One use: how its per-example gradient follows from the output's gradient, and of which (view of a) parameter."""
 
-    node: str
+    layer: str
     source: fx.Node
     inputs: tuple[Tensor, ...]
     output: Tensor
     build: Callable[[Layout, Tensor, tuple[Tensor, ...]], Use]
-    axis: int | None = None
-    """Where the examples lie, for an output that is the same for all of them, as a first state's product is."""
+    placed_as: Tensor
+    """Where the examples lie in this, they lie in the output: the output itself, unless that is the same for all of
+    them, as a first state's product is."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,12 @@ class Recording:
     fallback: dict[str, str] = field(default_factory=dict)
     """parameter placeholder -> the operator that no handler knows."""
 
+    @property
+    def first_output(self) -> Tensor:
+        """What the loss is of."""
+        first: Tensor = self.output[0]
+        return first
+
 
 class Recorder:
     """Interprets the graph on given values. `run` may be traced: it only calls tensor operations."""
@@ -97,8 +104,13 @@ class Recorder:
                 inputs = node.all_input_nodes
                 self.depends[node] = any(self.depends[n] for n in inputs)
                 self.roots[node] = frozenset().union(*(self.roots[n] for n in inputs)) if inputs else frozenset()
+                if node.target is aten.detach.default:
+                    self.roots[node] = frozenset()  # no gradient passes
+        self.output_depends = any(self.depends[node] for node in graph.nodes if node.op == "output")
         self._recording = Recording()
         self._node: fx.Node | None = None
+        self._tapped: list[fx.Node] = []
+        """The parameters, or views of them, that the rule for the current node has accounted for."""
 
     def run(self, values: Mapping[str, Tensor]) -> Recording:
         """values: placeholder name -> tensor."""
@@ -123,20 +135,21 @@ class Recorder:
     def _call(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         args = fx.map_arg(node.args, lambda n: env[n])
         kwargs = fx.map_arg(node.kwargs, lambda n: env[n])
-        rewrite = REWRITES.get(node.target)
-        if rewrite is not None and self.depends[node]:
-            return rewrite(self, node, args, kwargs)
-        met = [n for n in node.all_input_nodes if not self.depends[n] and self.roots[n]]
-        if self.depends[node] and met:
-            handler = HANDLERS.get(node.target)
-            if handler is not None:
-                result = handler(self, node, args, kwargs)
-                if result is not None:
-                    return result
+        met = [n for n in _every_input(node) if not self.depends[n] and self.roots[n]]
+        rewrite, handler = REWRITES.get(node.target), HANDLERS.get(node.target)
+        self._tapped = []
+        result = None
+        if self.depends[node] and rewrite is not None:
+            result = rewrite(self, node, args, kwargs)
+        elif self.depends[node] and met and handler is not None:
+            result = handler(self, node, args, kwargs)
+        if self.depends[node]:
+            # A place that no rule accounts for: a learned first state, a learned query, an operator without a rule.
             for source in met:
-                for root in self.roots[source]:
-                    self._recording.fallback.setdefault(root, f"{node.target} in {layer_of(node)}")
-        return node.target(*args, **kwargs)
+                if self._tapped.count(source) < met.count(source):
+                    for root in self.roots[source]:
+                        self._recording.fallback.setdefault(root, f"{node.target} in {layer_of(node)}")
+        return node.target(*args, **kwargs) if result is None else result
 
     # What handlers are made of. `source` is the graph node of the parameter or of a view of it; None is not trainable.
 
@@ -144,16 +157,18 @@ class Recorder:
         self,
         output: Tensor,
         uses: Sequence[tuple[fx.Node | None, tuple[Tensor, ...], Callable[[Layout, Tensor, tuple[Tensor, ...]], Use]]],
-        axis: int | None = None,
+        placed_as: Tensor | None = None,
     ) -> Tensor:
         """Note that `output` came from these uses; gradients with respect to it are what the rules will read."""
+        self._tapped += [use[0] for use in uses if use[0] is not None]
         wanted = [use for use in uses if use[0] is not None and self._traceable(use[0])]
         if wanted:
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-            name = self._node.name if self._node is not None else ""
+            layer = layer_of(self._node) if self._node is not None else ""
+            shown = output if placed_as is None else placed_as
             self._recording.taps += [
-                Tap(name, source, tuple(t.detach() for t in inputs), output, build, axis)
+                Tap(layer, source, tuple(t.detach() for t in inputs), output, build, shown)
                 for source, inputs, build in wanted
                 if source is not None
             ]
@@ -178,11 +193,11 @@ class Recorder:
         weight: Tensor,
         bias: Tensor | None,
         sources: Sequence[fx.Node | None],
-        axis: int | None = None,
+        placed_as: Tensor | None = None,
     ) -> Tensor:
         """x (..., p) times weight (q, p) transposed, plus bias (q,)."""
         output = F.linear(x, weight, bias)
-        return self.tap(output, [(sources[0], (x,), _outer), (sources[1], (), _last_axis_sum)], axis)
+        return self.tap(output, [(sources[0], (x,), _outer), (sources[1], (), _last_axis_sum)], placed_as)
 
     def scale(
         self, x: Tensor, weight: Tensor, source: fx.Node | None, shape: Sequence[int] | None = None
@@ -248,7 +263,7 @@ def _last_axis_sum(layout: Layout, b: Tensor, inputs: tuple[Tensor, ...]) -> Use
 def _reduced(layout: Layout, full: Tensor, shape: tuple[int, ...], own: tuple[int, ...]) -> Use:
     """Sum over the output's axes down to `shape`, which was broadcast to it, example by example; then as `own`."""
     if layout.axis >= full.dim() - len(shape) and shape[layout.axis - full.dim() + len(shape)] != 1:
-        raise _NotPerExample
+        raise NotPerExampleError
     # Broadcasting aligns at the end. The example axis goes to the front; what the split leaves of it is summed.
     first = layout.batch_first(full)
     leftover = full.shape[layout.axis] != layout.batch
@@ -258,14 +273,27 @@ def _reduced(layout: Layout, full: Tensor, shape: tuple[int, ...], own: tuple[in
     aligned = (1,) * (kept + 1 - len(shape)) + shape if len(shape) <= kept + 1 else shape
     # `aligned` describes full's axes; drop the example axis from it.
     aligned = aligned[: layout.axis] + aligned[layout.axis + 1 :]
-    reduce = [i + 1 for i, (size, have) in enumerate(zip(aligned, first.shape[1:], strict=True)) if size == 1 and have != 1]
+    sizes = zip(aligned, first.shape[1:], strict=True)
+    reduce = [i + 1 for i, (size, have) in enumerate(sizes) if size == 1 and have != 1]
     if reduce:
         first = first.sum(reduce, keepdim=True)
     return Dense(first.reshape(first.shape[0], *own))
 
 
-class _NotPerExample(Exception):  # noqa: N818
-    """A parameter that has a value for each place in the batch."""
+class NotPerExampleError(Exception):
+    """This use has no rule for where the examples lie in it: the exact fallback serves the parameter."""
+
+
+def _every_input(node: fx.Node) -> list[fx.Node]:
+    """The nodes among the arguments, one entry for each place."""
+    found: list[fx.Node] = []
+
+    def note(n: fx.Node) -> fx.Node:
+        found.append(n)
+        return n
+
+    fx.map_arg((node.args, dict(node.kwargs)), note)
+    return found
 
 
 Handler = Callable[[Recorder, fx.Node, Sequence[Any], Mapping[str, Any]], Any]

@@ -84,7 +84,7 @@ def _one_direction(
     outputs: list[Tensor] = []
     h, c = hidden[0], hidden[-1]
     for step in reversed(steps) if backwards else steps:
-        from_state = recorder.linear(h, w_h, b_h, (sources[1], s_bh), axis=0)
+        from_state = recorder.linear(h, w_h, b_h, (sources[1], s_bh), placed_as=step)
         if lstm:
             i, f, g, o = (step + from_state).chunk(4, -1)
             c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
