@@ -274,10 +274,15 @@ class _Builder:
                 uses[p.name] = self._fallback(p.name, parameters, inputs, label, recording, report)
         shared = [p for p in self.trainable if p.role == "shared"]
         gradients: dict[str, Tensor]
+        # The loss alone does not tell: a rectifier or a pool swallows a NaN that its gradient still has.
+        squared = torch.stack([uses[p.name].squared_norms() for p in shared]).sum(0)
+        everything = squared + losses.abs()
+        if len(shared) < len(self.trainable):
+            local = [p for p in self.trainable if p.role == "local"]
+            everything = everything + torch.stack([uses[p.name].squared_norms() for p in local]).sum(0)
+        counted = (mask > 0) & (everything <= _LARGEST)
         if self.unit == "example":
             clip = scalars[0]
-            squared = torch.stack([uses[p.name].squared_norms() for p in shared]).sum(0)
-            counted = (mask > 0) & (squared + losses.abs() <= _LARGEST)
             norms = squared.sqrt()
             weights = torch.where(counted, clip / torch.maximum(norms, clip), torch.zeros(()))
             plain = counted.to(losses.dtype)
@@ -289,7 +294,6 @@ class _Builder:
             }
             clipped = (plain * (norms > clip).to(losses.dtype)).sum()
         else:
-            counted = (mask > 0) & (losses.abs() <= _LARGEST)
             plain = counted.to(losses.dtype)
             weights = plain / plain.sum().clamp(min=1.0)
             clipped = torch.zeros(())

@@ -71,6 +71,7 @@ def _keep_inputs(model: onnx.ModelProto, example: Sequence[Tensor], names: Seque
     present = {value.name: value for value in model.graph.input}
     proto = onnx.TensorProto
     kinds = {torch.float32: proto.FLOAT, torch.int64: proto.INT64, torch.int32: proto.INT32}
+    kinds |= {torch.uint8: proto.UINT8, torch.bool: proto.BOOL}
     ordered = [
         present.get(name) or onnx.helper.make_tensor_value_info(name, kinds[tensor.dtype], list(tensor.shape))
         for name, tensor in zip(names, example, strict=True)
