@@ -11,6 +11,7 @@ The table look-up and the rare second reading depend on secret values: this is n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from decimal import Decimal, localcontext
 from functools import cache
 
@@ -24,14 +25,13 @@ PRECISION_BITS = 128
 _UNDECIDED = -128
 
 
-class GaussianTable:
-    """The cumulative table for one sigma, given as a ratio of integers so that it is the same on every machine."""
+class CumulativeTable:
+    """Samples small integers with probabilities given as integer weights, by one 128-bit comparison each."""
 
-    def __init__(self, numerator: int, denominator: int) -> None:
-        """sigma = numerator / denominator, in (0, 9]. Raises ParameterError outside."""
-        if not (numerator > 0 and denominator > 0 and numerator <= 9 * denominator):
-            raise ParameterError(f"sigma = {numerator}/{denominator} is not in (0, 9]")
-        weights = _weights(numerator, denominator)
+    def __init__(self, weights: Sequence[int]) -> None:
+        """weights: of the values -(len // 2), -(len // 2) + 1, ...: at most 255, none zero, best of 192 bits."""
+        if not 1 <= len(weights) <= 255 or min(weights) <= 0:
+            raise ParameterError(f"a table takes 1 to 255 positive weights, not {len(weights)}")
         self.bound = len(weights) // 2
         total = sum(weights)
         scale = 1 << PRECISION_BITS
@@ -70,6 +70,16 @@ class GaussianTable:
             for i in np.flatnonzero(self._high[np.maximum(below, 1) - 1] == top):
                 samples[undecided[i]] = self.settle(int(words[undecided[i]]), int(high[i]), int(low[i]))
         return samples
+
+
+class GaussianTable(CumulativeTable):
+    """The table for one sigma, given as a ratio of integers so that it is the same on every machine."""
+
+    def __init__(self, numerator: int, denominator: int) -> None:
+        """sigma = numerator / denominator, in (0, 9]. Raises ParameterError outside."""
+        if not (numerator > 0 and denominator > 0 and numerator <= 9 * denominator):
+            raise ParameterError(f"sigma = {numerator}/{denominator} is not in (0, 9]")
+        super().__init__(_weights(numerator, denominator))
 
 
 def _weights(numerator: int, denominator: int) -> list[int]:
