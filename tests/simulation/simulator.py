@@ -342,6 +342,9 @@ def lying_contribution(
     elif kind == "count 2":
         message.reshape(-1)[round_.ticket.dimension] <<= np.uint32(1)
         truth = None
+    elif kind == "pad not zero":
+        message[-1, -1] = np.uint32(1 << round_.layout.delta_bits)
+        truth = None
     elif kind == "another's name":
         changes = {"sender": 0}
         truth = None
