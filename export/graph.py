@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call, grad, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import export.layers.activations
 import export.layers.convolution
 import export.layers.linear
 import export.layers.normalization
@@ -76,7 +77,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CapturedStep:
-    """The training step and the predict graph as fx graphs of plain operators, with names for all inputs and outputs."""
+    """The training step and the predict graph as fx graphs of plain operators, with names for inputs and outputs."""
 
     train: fx.GraphModule
     predict: fx.GraphModule
@@ -275,15 +276,14 @@ class _Builder:
         shared = [p for p in self.trainable if p.role == "shared"]
         gradients: dict[str, Tensor]
         # The loss alone does not tell: a rectifier or a pool swallows a NaN that its gradient still has.
-        squared = torch.stack([uses[p.name].squared_norms() for p in shared]).sum(0)
-        everything = squared + losses.abs()
-        if len(shared) < len(self.trainable):
-            local = [p for p in self.trainable if p.role == "local"]
-            everything = everything + torch.stack([uses[p.name].squared_norms() for p in local]).sum(0)
-        counted = (mask > 0) & (everything <= _LARGEST)
-        if self.unit == "example":
+        clipping = self.unit == "example"
+        squared = torch.stack([uses[p.name].squared_norms() for p in shared]).sum(0) if clipping else losses.abs()
+        finite = [uses[p.name].bounds() for p in self.trainable if not (clipping and p.role == "shared")]
+        counted = (mask > 0) & (torch.stack([squared, losses.abs(), *finite]).sum(0) <= _LARGEST)
+        if clipping:
             clip = scalars[0]
-            norms = squared.sqrt()
+            # Gram matrices may give a norm of zero as slightly less than zero.
+            norms = squared.clamp(min=0.0).sqrt()
             weights = torch.where(counted, clip / torch.maximum(norms, clip), torch.zeros(()))
             plain = counted.to(losses.dtype)
             gradients = {

@@ -13,7 +13,7 @@ from export.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class Loss:
-    """per_example: (output, y) -> (B,).  correct: (output, y) -> (B,), the share of the example's answers that are right."""
+    """per_example: (output, y) -> (B,).  correct: (output, y) -> (B,), the share of its answers that are right."""
 
     name: str
     per_example: Callable[[Tensor, Tensor], Tensor]
@@ -25,11 +25,24 @@ def _rest_mean(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1) if values.dim() > 1 else values
 
 
+def _same_shape(loss: str, wanted: torch.Size, y: Tensor, what: str) -> None:
+    """Broadcasting would pair every output with every label of the batch."""
+    if y.shape != wanted:
+        raise UnsupportedModelError(f"{loss}: labels of {tuple(y.shape)}, but {tuple(wanted)} ({what}) is needed")
+
+
 def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
-    """output: (B, ..., classes) scores, y: (B, ...) class numbers; the mean over the middle axes (a sequence's steps)."""
+    """output: (B, ..., classes) scores, y: (B, ...) class numbers; the mean over the middle axes (a sequence's steps).
+
+    A label that is no class makes its example's loss NaN: the example is counted as invalid and contributes nothing.
+    """
+    _same_shape("cross_entropy", output.shape[:-1], y, "the output's shape without its last axis, the classes")
+    if y.is_floating_point():
+        raise UnsupportedModelError(f"cross_entropy: labels of {y.dtype}; use class numbers, int64 or int32")
     classes = torch.arange(output.shape[-1], dtype=y.dtype)
     chosen = (y.unsqueeze(-1) == classes).to(output.dtype)
-    return _rest_mean(-(torch.log_softmax(output, -1) * chosen).sum(-1))
+    known = chosen.sum(-1)  # 1, or 0 for a label that is no class
+    return _rest_mean(-(torch.log_softmax(output, -1) * chosen).sum(-1) / known)
 
 
 def binary_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
@@ -37,12 +50,14 @@ def binary_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
 
     max(o, 0) - o y + log(1 + exp(-|o|)): no overflow for any score.
     """
+    _same_shape("binary_cross_entropy", output.shape, y, "the output's shape")
     y = y.to(output.dtype)
     return _rest_mean(torch.relu(output) - output * y + torch.log1p(torch.exp(-output.abs())))
 
 
 def mse(output: Tensor, y: Tensor) -> Tensor:
     """The mean squared difference over all but the batch axis."""
+    _same_shape("mse", output.shape, y, "the output's shape")
     difference = output - y.to(output.dtype)
     return _rest_mean(difference * difference)
 

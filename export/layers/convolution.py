@@ -10,11 +10,11 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from export.layers.linear import arguments, source_of
-from export.layers.recorder import Layout, Recorder, aten, handles
+from export.layers.recorder import Layout, NotPerExampleError, Recorder, aten, rewrites
 from export.layers.uses import Dense, Outer, Use
 
 
-@handles(aten.conv2d.default, aten.conv1d.default, aten.conv2d.padding, aten.conv1d.padding)
+@rewrites(aten.conv2d.default, aten.conv1d.default, aten.conv2d.padding, aten.conv1d.padding)
 def convolution(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     (xn, x), (wn, w), (bn, b), (_, stride), (_, padding), (_, dilation), (_, groups) = arguments(
         node, args, kwargs, "input", "weight", "bias", "stride", "padding", "dilation", "groups"
@@ -27,8 +27,9 @@ def convolution(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: 
         padding = 0
     elif padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, w.shape[2:], strict=True)]
-        if any(t % 2 for t in total):
-            return None  # uneven padding: the fallback is exact
+        if any(t % 2 for t in total):  # the odd one goes to the end
+            x = F.pad(x, [size for t in reversed(total) for size in (t // 2, t - t // 2)])
+            total = [0] * dims
         padding = [t // 2 for t in total]
     padding = _each(padding or 0, dims)
     if dims == 1:
@@ -39,22 +40,28 @@ def convolution(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: 
     kernel = tuple(w.shape[2:])
 
     def weight_use(layout: Layout, grad: Tensor, inputs: tuple[Tensor, ...]) -> Use:
-        if layout.axis != 0 or grad.shape[0] != layout.batch:
-            raise ValueError("a convolution whose first axis is not the batch")
         a = inputs[0]
         if _pointwise(w, stride, padding, groups):
-            return Outer(a.flatten(2).transpose(1, 2), grad.flatten(2).transpose(1, 2), tuple(w.shape))
+            a, b = (_together(layout, t.flatten(2).transpose(1, 2)) for t in (a, grad))
+            return Outer(a.flatten(1, 2), b.flatten(1, 2), tuple(w.shape))
         if dims == 1:
             g = kernel_gradients(
                 a[:, :, None], grad[:, :, None], (1, *kernel), (1, *stride), (0, *padding), (1, *dilation), groups
             )
-            return Dense(g[:, :, :, 0])
-        return Dense(kernel_gradients(a, grad, kernel, stride, padding, dilation, groups))
+            return Dense(_together(layout, g[:, :, :, 0]).sum(1))
+        return Dense(_together(layout, kernel_gradients(a, grad, kernel, stride, padding, dilation, groups)).sum(1))
 
     def bias_use(layout: Layout, grad: Tensor, inputs: tuple[Tensor, ...]) -> Use:
-        return Dense(grad.flatten(2).sum(2))
+        return Dense(_together(layout, grad.flatten(2).sum(2)).sum(1))
 
     return recorder.tap(output, [(source_of(recorder, wn), (x,), weight_use), (source_of(recorder, bn), (), bias_use)])
+
+
+def _together(layout: Layout, images: Tensor) -> Tensor:
+    """(B, images of one example, ...) of (B or more images, ...): a model may see a video as a batch of frames."""
+    if layout.axis != 0:
+        raise NotPerExampleError
+    return images[:, None] if images.shape[0] == layout.batch else layout.batch_first(images)
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:

@@ -26,6 +26,8 @@ def max_pool(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Map
     padding, dilation = _each(padding or 0, dims), _each(dilation or 1, dims)
     if ceil:
         raise UnsupportedModelError(f"{layer_of(node)}: ceil_mode pooling; pad the input instead")
+    if x.dim() == dims + 1:  # no channels: the batch stands in their place
+        return max_pool(recorder, node, (x[:, None], *args[1:]), kwargs)[:, 0]
     if dims == 1:
         return max_pool2d(x[:, :, None], (1, *kernel), (1, *stride), (0, *padding), (1, *dilation))[:, :, 0]
     return max_pool2d(x, kernel, stride, padding, dilation)
@@ -102,13 +104,17 @@ def avg_pool(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Map
     (_, x), (_, kernel), (_, stride), (_, padding), (_, ceil), (_, include) = arguments(
         node, args, kwargs, "self", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad"
     )
+    divisor = arguments(node, args, kwargs, "divisor_override")[0][1] if dims == 2 else None
     kernel = _each(kernel, dims)
     stride, padding = _each(stride or kernel, dims), _each(padding or 0, dims)
     if ceil or (include is False and any(padding)):
         raise UnsupportedModelError(f"{layer_of(node)}: ceil_mode or count_include_pad=False; pad the input instead")
+    if x.dim() == dims + 1:
+        return avg_pool(recorder, node, (x[:, None], *args[1:]), kwargs)[:, 0]
     if dims == 1:
         return _avg_pool2d(x[:, :, None], (1, *kernel), (1, *stride), (0, *padding))[:, :, 0]
-    return _avg_pool2d(x, kernel, stride, padding)
+    pooled = _avg_pool2d(x, kernel, stride, padding)
+    return pooled if divisor is None else pooled * (kernel[0] * kernel[1] / divisor)
 
 
 def _avg_pool2d(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
@@ -127,6 +133,8 @@ def adaptive_avg_pool(recorder: Recorder, node: fx.Node, args: Sequence[Any], kw
     if any(h % s for h, s in zip(have, size, strict=True)):
         raise UnsupportedModelError(f"{layer_of(node)}: adaptive pooling from {tuple(have)} to {tuple(size)} is uneven")
     kernel = tuple(h // s for h, s in zip(have, size, strict=True))
+    if x.dim() == len(size) + 1:
+        return adaptive_avg_pool(recorder, node, (x[:, None], size), kwargs)[:, 0]
     if len(size) == 1:
         return _avg_pool2d(x[:, :, None], (1, *kernel), (1, *kernel), (0, 0))[:, :, 0]
     return _avg_pool2d(x, kernel, kernel, (0, 0))

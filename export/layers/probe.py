@@ -1,9 +1,9 @@
 """Where the examples lie in every value, found by changing them and looking (docs/training-graph.md, "Probing").
 
 Shapes alone do not tell: attention flattens time and batch into one axis, in either order. So the graph is run on
-random inputs, labels and parameters; then those of half of the examples are replaced, for each bit of the examples' numbers
-and for its complement. Where an element changes, its example's number can be read off; an element that changes with
-both halves mixes examples. The losses are looked at like any other value.
+random inputs, labels and parameters; then those of half of the examples are replaced, for each bit of the examples'
+numbers and for its complement. Where an element changes, its example's number can be read off; an element that
+changes with both halves mixes examples. The losses are looked at like any other value.
 """
 
 from __future__ import annotations

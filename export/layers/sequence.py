@@ -13,6 +13,9 @@ from export.errors import UnsupportedModelError
 from export.layers.linear import arguments, source_of
 from export.layers.recorder import Recorder, aten, layer_of, rewrites
 
+_CLOSED = -1e9
+"""Added to a score that must not count: its exponential is zero, and yet a sum of it is finite."""
+
 
 @rewrites(aten.scaled_dot_product_attention.default)
 def attention(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -26,18 +29,20 @@ def attention(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Ma
     scores = torch.matmul(q * (1.0 / math.sqrt(q.shape[-1]) if scale is None else scale), k.transpose(-2, -1))
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            # Not -inf: a row that is masked whole must not make a NaN that poisons its example.
-            mask = torch.where(mask, 0.0, -1e9).to(scores.dtype)
-        scores = scores + mask
-    return torch.matmul(torch.softmax(scores, -1), v)
+        return torch.matmul(torch.softmax(scores + torch.where(mask, 0.0, _CLOSED).to(scores.dtype), -1), v)
+    if mask is None:
+        return torch.matmul(torch.softmax(scores, -1), v)
+    # As PyTorch: a query that may look nowhere gets zeros, not a NaN that would cost its example.
+    open_ = mask if mask.dtype == torch.bool else mask > -math.inf
+    scores = scores + (torch.where(mask, 0.0, _CLOSED) if mask.dtype == torch.bool else mask.clamp(min=_CLOSED))
+    return torch.matmul(torch.softmax(scores, -1) * open_.any(-1, keepdim=True).to(scores.dtype), v)
 
 
-@rewrites(aten.gru.input, aten.lstm.input)
+@rewrites(aten.gru.input, aten.lstm.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 def recurrent(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """GRU and LSTM, step by step: the input's product for all steps at once, the state's a step at a time."""
-    lstm = node.target is aten.lstm.input
+    """RNN, GRU and LSTM, step by step: the input's product for all steps at once, the state's a step at a time."""
+    kind = _KINDS[node.target]
+    lstm = kind == "lstm"
     x, start, weights, has_biases, layers, dropout, train, bidirectional, batch_first = args
     if dropout and train and layers > 1:
         raise UnsupportedModelError(f"{layer_of(node)}: dropout of {dropout} between layers. Set it to 0.")
@@ -56,13 +61,21 @@ def recurrent(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Ma
             index = layer * directions + direction
             own = slice(index * per_layer, (index + 1) * per_layer)
             hidden = [state[index] for state in states]
-            run, last = _one_direction(recorder, x, hidden, weights[own], nodes[own], lstm, bool(direction))
+            run, last = _one_direction(recorder, x, hidden, weights[own], nodes[own], kind, bool(direction))
             outputs.append(run)
-            for kind, value in enumerate(last):
-                finals[kind].append(value)
+            for i, value in enumerate(last):
+                finals[i].append(value)
         x = torch.cat(outputs, -1) if directions == 2 else outputs[0]
     out = x.transpose(0, 1) if batch_first else x
     return (out, *(torch.stack(values) for values in finals))
+
+
+_KINDS = {
+    aten.gru.input: "gru",
+    aten.lstm.input: "lstm",
+    aten.rnn_tanh.input: "tanh",
+    aten.rnn_relu.input: "relu",
+}
 
 
 def _one_direction(
@@ -71,10 +84,10 @@ def _one_direction(
     hidden: list[Tensor],
     weights: Sequence[Tensor],
     nodes: Sequence[Any],
-    lstm: bool,
+    kind: str,
     backwards: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """x (T, B, p) -> outputs (T, B, h) and the last states. Gate order and equations: torch.nn.GRU, torch.nn.LSTM."""
+    """x (T, B, p) -> outputs (T, B, h) and the last states. Gate order and equations: torch.nn.RNN, GRU, LSTM."""
     sources: list[fx.Node | None] = [source_of(recorder, n) for n in nodes]
     w_x, w_h = weights[:2]
     b_x, b_h = (weights[2], weights[3]) if len(weights) == 4 else (None, None)
@@ -85,10 +98,12 @@ def _one_direction(
     h, c = hidden[0], hidden[-1]
     for step in reversed(steps) if backwards else steps:
         from_state = recorder.linear(h, w_h, b_h, (sources[1], s_bh), placed_as=step)
-        if lstm:
+        if kind == "lstm":
             i, f, g, o = (step + from_state).chunk(4, -1)
             c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
             h = torch.sigmoid(o) * torch.tanh(c)
+        elif kind != "gru":
+            h = torch.tanh(step + from_state) if kind == "tanh" else torch.relu(step + from_state)
         else:
             xr, xz, xn = step.chunk(3, -1)
             hr, hz, hn = from_state.chunk(3, -1)
@@ -98,4 +113,4 @@ def _one_direction(
         outputs.append(h)
     if backwards:
         outputs.reverse()
-    return torch.stack(outputs), [h, c] if lstm else [h]
+    return torch.stack(outputs), [h, c] if kind == "lstm" else [h]

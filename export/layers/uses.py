@@ -1,8 +1,8 @@
 """Per-example gradients without per-example backward passes ("book-keeping", Bu et al. 2022, arXiv:2210.00038).
 
-One backward pass gives, for every use of a parameter, the gradient b of the summed loss with respect to that use's output;
-example i's own part of it is row i, because examples do not mix. With the use's input a, that determines example i's
-gradient G_i without another pass. A use comes in one of two forms:
+One backward pass gives, for every use of a parameter, the gradient b of the summed loss with respect to that use's
+output; example i's own part of it is row i, because examples do not mix. With the use's input a, that determines
+example i's gradient G_i without another pass. A use comes in one of two forms:
 
 - `Outer`: G_i = sum over t of b[i,t] a[i,t]^T (matrix products, embeddings). Its norm can be had from Gram matrices
   without forming G_i (ghost norms, Li et al. 2021, arXiv:2110.05679), the weighted sum is one matrix product.
@@ -45,6 +45,10 @@ class Outer:
         gram_b = torch.bmm(self.b, self.b.transpose(1, 2))
         return (gram_a * gram_b).sum((1, 2))
 
+    def bounds(self) -> Tensor:
+        """(B,): at least |G_i|^2, without Gram matrices; NaN where a or b is. Cauchy and Schwarz."""
+        return (self.a * self.a).sum((1, 2)) * (self.b * self.b).sum((1, 2))
+
     def weighted_sum(self, weights: Tensor, counted: Tensor) -> Tensor:
         """(q, p): sum over i of weights[i] G_i. What a row that does not count holds, NaN even, is replaced first."""
         scaled = guard(self.b * weights[:, None, None], counted)
@@ -60,17 +64,20 @@ class Dense:
     g: Tensor
 
     def squared_norms(self) -> Tensor:
-        flat = self.g.flatten(1)
+        flat = self.g.reshape(self.g.shape[0], -1)
         return (flat * flat).sum(1)
 
+    def bounds(self) -> Tensor:
+        return self.squared_norms()
+
     def weighted_sum(self, weights: Tensor, counted: Tensor) -> Tensor:
-        flat = guard(self.g, counted).flatten(1)
+        flat = guard(self.g, counted).reshape(self.g.shape[0], -1)
         return torch.mm(weights[None, :], flat).reshape(self.g.shape[1:])
 
 
 @dataclass(frozen=True)
 class Indexed:
-    """An embedding: G_i has row indices[i, t] += b[i, t].  indices: (B, T) integers, b: (B, T, q), `rows` in the table."""
+    """An embedding: G_i has row indices[i, t] += b[i, t].  indices: (B, T) integers, b: (B, T, q)."""
 
     indices: Tensor
     b: Tensor
@@ -81,6 +88,9 @@ class Indexed:
             return (self.b * self.b).sum((1, 2))
         same = (self.indices[:, :, None] == self.indices[:, None, :]).to(self.b.dtype)
         return (torch.bmm(self.b, self.b.transpose(1, 2)) * same).sum((1, 2))
+
+    def bounds(self) -> Tensor:
+        return self.b.shape[1] * (self.b * self.b).sum((1, 2))
 
     def dense(self) -> Dense:
         return Dense(torch.bmm(self._one_hot().transpose(1, 2), self.b))
