@@ -2,12 +2,12 @@
 
 P(x) is proportional to exp(-x^2 / (2 sigma^2)) over the integers, for sigma given as a ratio of integers.
 
-Up to sigma = 9 one table does it (`crypto.gaussian`). Above, the integers are cut into bins of L = 2^k consecutive ones,
-sigma/8 < L <= sigma/4. A bin is drawn with a probability proportional to the density at its end nearer to zero, a place in
-it uniformly, and the result x is kept with probability exp(-(x^2 - m^2) / (2 sigma^2)), m being that nearer end: rejection
-sampling, exact, with about 9 in 10 kept. The comparison with that probability is made in float64 and, where float64
-cannot tell (about once in 10^13 samples), with 60 decimal digits and 128 random bits. Per sample the result is within
-2^-120 of the ideal distribution (docs/privacy.md section 3).
+Up to sigma = 9 one table does it (`crypto.gaussian`). Above, the integers are cut into bins of L = 2^k consecutive
+ones, sigma/8 < L <= sigma/4. A bin is drawn with a probability proportional to the density at its end nearer to zero, a
+place in it uniformly, and the result x is kept with probability exp(-(x^2 - m^2) / (2 sigma^2)), m being that nearer
+end: rejection sampling, exact, with about 9 in 10 kept. The comparison with that probability is made in float64 and,
+where float64 cannot tell (about once in 10^13 samples), with 60 decimal digits and 128 random bits. Per sample the
+result is within 2^-120 of the ideal distribution (docs/privacy.md section 3).
 
 Not constant time: see docs/threat-model.md, "Side channels".
 """

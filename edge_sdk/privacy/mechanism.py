@@ -1,0 +1,240 @@
+"""The distributed discrete Gaussian mechanism: a real vector in, noisy integers out, and back (docs/privacy.md).
+
+The one entrance to clipping, rotation, scaling, rounding, noise and wrapping, in the only order in which the proof
+holds (Kairouz, Liu and Steinke 2021, arXiv:2102.06387, Algorithm 1). `encode` runs on a device, `decode` where the sum
+is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_sdk.crypto.hashing import derive_key
+from edge_sdk.crypto.stream import KeyStream
+from edge_sdk.errors import ParameterError
+from edge_sdk.privacy.noise import MAX_SIGMA, noise_sampler
+from edge_sdk.privacy.rotation import block_length, rotate, rotate_back
+from edge_sdk.privacy.rounding import round_conditionally, round_stochastically, rounded_norm_bound
+
+F64 = NDArray[np.float64]
+Unit = Literal["device", "example"]
+
+METRICS = 3
+"""Extra coordinates: how many, how many correct, and the clipped loss."""
+
+CONDITIONAL_BETA = math.exp(-0.5)
+"""Share of roundings that may be drawn again (the paper's choice)."""
+
+UNCONDITIONAL_BETA = 1e-12
+"""Added to delta for every round of unit "example"."""
+
+FLOAT32_SLACK = 1.001
+"""A gradient clipped in float32 inside the graph may exceed its bound by rounding."""
+
+MIN_SHARE_SIGMA = 2.0
+"""Least noise of one device, steps: below it a sum of discrete Gaussians is too far from one (see `sum_correction`)."""
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """A checked set of parameters. All members agree on them through the ticket.
+
+    unit: whose data is hidden: all of a "device"'s, or one "example".  dimension: d, without metrics.
+    clip: L2 bound of one unit's vector, weight units.  metric_scale: a, weight units; 0 for no metrics.
+    loss_bound: losses are clipped to [0, loss_bound].  granularity: weight units of one integer step.
+    sigma: standard deviation of one group's total noise, steps.  honest: h, devices that carry it.
+    modulus_bits: b, sums are modulo 2^b.
+    """
+
+    unit: Unit
+    dimension: int
+    clip: float
+    granularity: float
+    sigma: float
+    honest: int
+    modulus_bits: int
+    metric_scale: float = 0.0
+    loss_bound: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raises ParameterError that names the first parameter that is out of range."""
+        if self.unit not in ("device", "example"):
+            raise ParameterError(f"unit is {self.unit!r}: device or example")
+        if self.dimension < 1:
+            raise ParameterError(f"dimension is {self.dimension}: at least 1")
+        for name in ("clip", "granularity", "sigma", "loss_bound"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ParameterError(f"{name} is {value}: a finite number above 0")
+        if not (math.isfinite(self.metric_scale) and self.metric_scale >= 0):
+            raise ParameterError(f"metric_scale is {self.metric_scale}: a finite number, at least 0")
+        if self.honest < 2:
+            raise ParameterError(f"honest is {self.honest}: one device's noise alone hides nothing, at least 2")
+        if not 2 <= self.modulus_bits <= 31:
+            raise ParameterError(f"modulus_bits is {self.modulus_bits}: 2 to 31")
+        if not MIN_SHARE_SIGMA <= self.share_sigma <= MAX_SIGMA:
+            raise ParameterError(
+                f"sigma = {self.sigma} shared by {self.honest} is {self.share_sigma:.3g} steps a device: "
+                f"{MIN_SHARE_SIGMA} to {MAX_SIGMA}; choose a finer granularity"
+            )
+        if not self.sensitivity / self.granularity < 2.0**40:
+            raise ParameterError(f"granularity is {self.granularity}: too fine for a clip of {self.clip}")
+
+    @property
+    def length(self) -> int:
+        """Coordinates of the integer vector: d, and the metrics if there are any."""
+        return self.dimension + (METRICS if self.metric_scale else 0)
+
+    @property
+    def sensitivity(self) -> float:
+        """L2 norm of what one unit adds, before rounding, weight units: sqrt(C^2 + a^2 (2 + L^2))."""
+        clip = self.clip * (FLOAT32_SLACK if self.unit == "example" else 1.0)
+        return math.sqrt(clip**2 + self.metric_scale**2 * (2 + self.loss_bound**2))
+
+    @property
+    def beta(self) -> float:
+        """What the rounding's bound may fail with: for "example" it goes into delta, for "device" it never fails."""
+        return CONDITIONAL_BETA if self.unit == "device" else UNCONDITIONAL_BETA
+
+    @property
+    def sensitivity_steps(self) -> float:
+        """L2 norm of what one unit adds, after rounding, steps: the proof's Delta_2."""
+        # 1e-9: the rotation's float64 rounding
+        return rounded_norm_bound(self.sensitivity / self.granularity * (1 + 1e-9), self.length, self.beta)
+
+    @property
+    def noise_multiplier(self) -> float:
+        """The group's noise over what one unit adds: what the accountants take."""
+        return self.sigma / self.sensitivity_steps
+
+    @property
+    def share_sigma(self) -> float:
+        """One device's noise, steps: total / h in variance, so that any h of them carry all of it."""
+        return math.nextafter(self.sigma / math.sqrt(self.honest), math.inf)
+
+    def sum_correction(self) -> float:
+        """tau: how far a sum of h discrete Gaussians is from one, as max-divergence per coordinate.
+
+        10 * sum over k = 1..h-1 of exp(-2 pi^2 s^2 k / (k + 1)), s the share's sigma (the same paper, Theorem 1).
+        """
+        exponent = -2 * math.pi**2 * self.share_sigma**2
+        return 10 * sum(math.exp(exponent * k / (k + 1)) for k in range(1, self.honest))
+
+    def wrap_probability(self, contributors: int) -> float:
+        """A bound on the probability that some coordinate of a sum of `contributors` wraps modulo 2^b.
+
+        Rotated coordinates are sub-Gaussian with proxy (n c)^2 / block for n aligned vectors of norm c, rounding adds
+        at most n/4, noise n share^2 (it comes from every contributor): a union bound over the coordinates. Wrapping
+        costs accuracy, never privacy.
+        """
+        spread = (contributors * self.sensitivity / self.granularity) ** 2 / block_length(self.length)
+        variance = spread + contributors * (0.25 + self.share_sigma**2)
+        half = 2.0 ** (self.modulus_bits - 1) - 1
+        return min(1.0, 2.0 * self.length * math.exp(-half * half / (2 * variance)))
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a group's sum says.  vector: (d,) float64, weight units.  metrics: (count, correct, loss) or None; noisy."""
+
+    vector: F64 = field(repr=False)
+    metrics: tuple[float, float, float] | None
+
+
+def clip_l2(vector: F64, bound: float) -> F64:
+    """`vector` scaled down, if needed, so that its L2 norm is at most `bound` (1 + 1e-12). New, float64.
+
+    The norm is taken of the vector over its largest magnitude: squares of large numbers overflow, of small ones vanish.
+    Raises ParameterError on a NaN or an infinity, which would pass any norm test, and on a bound that is not above 0.
+    Source: Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
+    """
+    if not (math.isfinite(bound) and bound > 0):
+        raise ParameterError(f"a clip bound is finite and above 0, not {bound}")
+    if not np.isfinite(vector).all():
+        raise ParameterError("the vector holds NaN or infinity")
+    largest = float(np.abs(vector).max(initial=0.0))
+    if largest == 0.0:
+        return vector.astype(np.float64)
+    unit = vector / largest
+    norm = float(np.sqrt(unit @ unit))
+    if norm * largest <= bound:
+        return vector.astype(np.float64)
+    scaled: F64 = unit * (bound / norm)
+    return scaled
+
+
+def encode(
+    mechanism: Mechanism,
+    vector: F64,
+    metrics: tuple[float, float, float] | None,
+    public_seed: bytes,
+    entropy: bytes,
+) -> NDArray[np.uint32]:
+    """One device's contribution: uint32 (length,) in [0, 2^b).
+
+    vector: float64 (d,), weight units. unit "device": the model's change, clipped here. unit "example": the sum of
+    gradients that were each clipped inside the graph; it is not clipped again, however many there are, and zeros if
+    none were drawn: an empty draw sends noise.
+    metrics: (count, correct, loss): for unit "device" of one device, averaged to at most (1, 1, loss_bound); for unit
+    "example" sums of such. None exactly if the mechanism has no metrics.
+    public_seed: the ticket's hash.  entropy: 32 fresh secret bytes.
+    Raises ParameterError on a wrong shape, NaN or infinity; then nothing may be sent.
+    """
+    if vector.shape != (mechanism.dimension,) or vector.dtype != np.float64:
+        raise ParameterError(f"the vector is float64 ({mechanism.dimension},), not {vector.dtype} {vector.shape}")
+    if (metrics is None) != (mechanism.metric_scale == 0.0):
+        raise ParameterError("metrics are given exactly if the plan has a metric_scale")
+    if not np.isfinite(vector).all():
+        raise ParameterError("the vector holds NaN or infinity")
+    full = np.zeros(mechanism.length)
+    full[: mechanism.dimension] = clip_l2(vector, mechanism.clip) if mechanism.unit == "device" else vector
+    if metrics is not None:
+        full[mechanism.dimension :] = _bounded(mechanism, metrics)
+        full[mechanism.dimension :] *= mechanism.metric_scale
+    rotated = rotate(full, public_seed)
+    rotated /= mechanism.granularity
+    if float(np.abs(rotated).max()) >= 2.0**52:
+        raise ParameterError("the vector is too large for this granularity")
+    rounding = KeyStream(derive_key(entropy, "rounding", public_seed))
+    if mechanism.unit == "device":
+        integers = round_conditionally(rotated, mechanism.sensitivity_steps, rounding)
+    else:
+        integers = round_stochastically(rotated, rounding)
+    noise = KeyStream(derive_key(entropy, "noise", public_seed))
+    integers += noise_sampler(*mechanism.share_sigma.as_integer_ratio()).sample(noise, mechanism.length)
+    integers &= (1 << mechanism.modulus_bits) - 1  # two's complement: modulo 2^b for negative numbers too
+    return integers.astype(np.uint32)
+
+
+def decode(mechanism: Mechanism, total: NDArray[np.uint32], public_seed: bytes) -> Decoded:
+    """A group's sum modulo 2^b, uint32 (length,), back in weight units: an unbiased estimate of the sum.
+
+    Raises ParameterError on another shape or dtype.
+    """
+    if total.shape != (mechanism.length,) or total.dtype != np.uint32:
+        raise ParameterError(f"a sum is uint32 ({mechanism.length},), not {total.dtype} {total.shape}")
+    modulus, half = 1 << mechanism.modulus_bits, 1 << (mechanism.modulus_bits - 1)
+    centred = (total.astype(np.int64) + half) % modulus - half
+    values = rotate_back(centred.astype(np.float64) * mechanism.granularity, public_seed)
+    metrics = None
+    if mechanism.metric_scale:
+        count, correct, loss = (float(x) / mechanism.metric_scale for x in values[mechanism.dimension :])
+        metrics = (count, correct, loss)
+    return Decoded(values[: mechanism.dimension], metrics)
+
+
+def _bounded(mechanism: Mechanism, metrics: tuple[float, float, float]) -> F64:
+    """The metrics, checked to be within what the sensitivity allows for their number of units."""
+    count, correct, loss = metrics
+    if not all(math.isfinite(value) and value >= 0 for value in metrics):
+        raise ParameterError("the metrics hold a negative number, NaN or infinity")
+    units = 1.0 if mechanism.unit == "device" else count
+    slack = 1 + 1e-6
+    if count > units * slack or correct > units * slack or loss > units * mechanism.loss_bound * slack:
+        raise ParameterError("the metrics exceed what this many units can add: clip the losses one by one")
+    return np.array([count, min(correct, units), min(loss, units * mechanism.loss_bound)])

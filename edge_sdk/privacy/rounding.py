@@ -1,0 +1,59 @@
+"""Stochastic rounding to integers, and how far it can stretch a vector (docs/privacy.md section 2).
+
+Source: Kairouz, Liu and Steinke 2021, arXiv:2102.06387, section 4.2 (Proposition 26 and Definition 27).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_sdk.crypto.stream import KeyStream
+from edge_sdk.errors import ParameterError
+
+F64 = NDArray[np.float64]
+MAX_TRIES = 512
+
+
+def rounded_norm_bound(norm: float, dimension: int, beta: float) -> float:
+    """A bound that the norm of a rounded vector passes with probability at most `beta`: steps.
+
+    norm: of the vector before rounding, steps, >= 0.  beta in (0, 1).
+    The square root of min( c^2 + d/4 + sqrt(2 ln(1/beta)) (c + sqrt(d)/2), (c + sqrt(d))^2 ).
+    """
+    if not (norm >= 0 and dimension >= 1 and 0 < beta < 1):
+        raise ParameterError(f"no bound for norm {norm}, dimension {dimension}, beta {beta}")
+    root = math.sqrt(dimension)
+    likely = norm * norm + dimension / 4 + math.sqrt(2 * math.log(1 / beta)) * (norm + root / 2)
+    return math.sqrt(min(likely, (norm + root) ** 2))
+
+
+def round_stochastically(values: F64, stream: KeyStream) -> NDArray[np.int64]:
+    """floor(values) plus one with the probability of the fraction, coordinate by coordinate: unbiased to 2^-53.
+
+    values: (d,) float64, magnitudes below 2^53.  The result has the distribution of floor(values + U), U uniform, so
+    that two neighbouring inputs can be coupled through one U (docs/privacy.md section 2.2). It is never drawn again.
+    """
+    below = np.floor(values)
+    coins = (stream.words64(values.size) >> np.uint64(11)).astype(np.float64)
+    coins *= 2.0**-53
+    rounded: NDArray[np.int64] = below.astype(np.int64)
+    rounded += coins < values - below
+    return rounded
+
+
+def round_conditionally(values: F64, bound: float, stream: KeyStream) -> NDArray[np.int64]:
+    """`round_stochastically`, drawn again until the norm is at most `bound`: one device's norm is then certain.
+
+    Right for one vector per device; not for a sum of examples, where drawing again would depend on all of them.
+    Raises ParameterError if 512 draws all exceed the bound: it was not made for this vector.
+    """
+    limit = bound * bound
+    for _ in range(MAX_TRIES):
+        rounded = round_stochastically(values, stream)
+        as_float = rounded.astype(np.float64)
+        if float(as_float @ as_float) <= limit:
+            return rounded
+    raise ParameterError(f"no rounding of this vector has a norm below {bound}")
