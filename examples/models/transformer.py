@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from export.graph import TrainingSpec
 
@@ -43,7 +43,7 @@ class Attention(nn.Module):
         """x: (B, STEPS, WIDTH) -> the same shape."""
         batch, steps, _ = x.shape
         heads = self.inputs(x).reshape(batch, steps, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
+        mixed = functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
         out: Tensor = self.outputs(mixed.transpose(1, 2).reshape(batch, steps, WIDTH))
         return out
 
@@ -60,7 +60,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, STEPS, WIDTH) -> the same shape."""
         x = x + self.attention(self.attention_norm(x))
-        out: Tensor = x + self.down(F.gelu(self.up(self.forward_norm(x))))
+        out: Tensor = x + self.down(functional.gelu(self.up(self.forward_norm(x))))
         return out
 
 

@@ -121,7 +121,11 @@ def _avg_pool2d(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], pad
     if stride == kernel and not any(padding):
         height, width = x.shape[2] // kernel[0], x.shape[3] // kernel[1]
         tiles = x[:, :, : height * kernel[0], : width * kernel[1]]
-        return tiles.reshape(*x.shape[:2], height, kernel[0], width, kernel[1]).mean((3, 5))
+        # Scaled after the sum: the mean's own backward pass would divide at every position instead.
+        if (height, width) == (1, 1):
+            return (tiles.flatten(2).sum(2) * (1.0 / (kernel[0] * kernel[1])))[:, :, None, None]
+        sums = tiles.reshape(*x.shape[:2], height, kernel[0], width, kernel[1]).sum((3, 5))
+        return sums * (1.0 / (kernel[0] * kernel[1]))
     weight = torch.full((x.shape[1], 1, *kernel), 1.0 / (kernel[0] * kernel[1]), dtype=x.dtype)
     return convolve(x, weight, None, stride, padding, (1, 1), x.shape[1])
 
