@@ -15,6 +15,7 @@ example in the result of another.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import operator
@@ -26,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn import functional as F
+from torch.nn import functional
 
 from export.decompositions import simplify
 from export.errors import UnsupportedModelError
@@ -36,7 +37,7 @@ aten = torch.ops.aten
 Backend = Literal["xnnpack", "portable"]
 
 _BIG = 2.0**126
-"""Twice this, as a product, makes more than 1 of the smallest positive float32 (2^-149), and neither factor overflows."""
+"""Multiplied by it twice, the smallest positive float32, 2^-149, is more than 1."""
 _MOST_RANK = 6
 """XNNPACK's limit on axes (XNN_MAX_TENSOR_DIMS)."""
 _MOST_CONSTANT = 1 << 16
@@ -193,7 +194,7 @@ def _rule(*targets: Any) -> Callable[[Rule], Rule]:
 
 
 class _Rewriter(fx.Interpreter):
-    """Runs the graph with the rules in place of the operators. A rule that returns None leaves its operator as it is."""
+    """Runs the graph with the rules in place of the operators. A rule that returns None leaves its operator alone."""
 
     def __init__(self, module: fx.GraphModule, constants: dict[Any, Tensor]) -> None:
         super().__init__(module, garbage_collect_values=False)
@@ -255,10 +256,13 @@ def _one_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _transposed(rewriter: _Rewriter, node: Any) -> Tensor | None:
-    if isinstance(node, fx.Node) and node.target is aten.permute.default and list(node.args[1]) in ([1, 0], [-1, 0]):
-        value: Tensor = rewriter.env[node.args[0]]
-        return value
-    return None
+    if not isinstance(node, fx.Node) or node.target is not aten.permute.default:
+        return None
+    source: Any
+    order: Any
+    source, order = node.args
+    value: Tensor = rewriter.env[source]
+    return value if [d % 2 for d in order] == [1, 0] else None
 
 
 # Convolutions
@@ -290,7 +294,7 @@ def _forward_convolution(x: Tensor, w: Tensor, stride: Any, padding: Any, dilati
     """
     (n, c), (o, per_group, kh, kw) = x.shape[:2], w.shape
     if any(padding):
-        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+        x = functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     height, width = x.shape[2:]
     out_h = (height - dilation[0] * (kh - 1) - 1) // stride[0] + 1
     out_w = (width - dilation[1] * (kw - 1) - 1) // stride[1] + 1
@@ -303,7 +307,9 @@ def _forward_convolution(x: Tensor, w: Tensor, stride: Any, padding: Any, dilati
         if plain:
             columns = x.reshape(n * groups, size, places)
         else:
-            columns = _strided(x, (n * groups, per_group, *inside), (per_group * height * width, height * width, *steps))
+            columns = _strided(
+                x, (n * groups, per_group, *inside), (per_group * height * width, height * width, *steps)
+            )
         y = torch.bmm(_repeat(kernel, n), columns.reshape(n * groups, size, places))
         return y.reshape(n, o, out_h, out_w)
     columns = _strided(
@@ -319,7 +325,7 @@ def _repeat(w: Tensor, n: int) -> Tensor:
     """(groups, p, q) -> (n * groups, p, q)."""
     if n == 1:
         return w
-    return (w[None] * torch.ones(n, 1, 1, 1)).reshape(n * w.shape[0], *w.shape[1:])
+    return (w.reshape(1, *w.shape) * torch.ones(n, 1, 1, 1)).reshape(n * w.shape[0], *w.shape[1:])
 
 
 def _permuted(x: Tensor, order: Sequence[int]) -> Tensor:
@@ -340,7 +346,8 @@ def _permute(rewriter: _Rewriter, node: fx.Node, args: Sequence[Any], kwargs: di
 
 def _strided(x: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int = 0) -> Tensor:
     """One copying kernel in place of several slices, which XNNPACK does not make faster."""
-    return torch.as_strided(x.contiguous(), shape, strides, offset)
+    result: Tensor = aten.as_strided_copy.default(x.contiguous(), list(shape), list(strides), offset)
+    return result
 
 
 def _backward_of_convolution(
@@ -368,44 +375,48 @@ def _backward_of_convolution(
         rows = _overlap_add(columns, wide, stride[1], dilation[1])
         rows = rows.reshape(n * groups, kh, per_group, out_h, wide)
         whole = _overlap_add_rows(rows, tall, stride[0], dilation[0]).reshape(n, groups * per_group, tall, wide)
-    crop = [r - p for r, p in zip(rest, padding, strict=True)]
-    (top, left), (bottom, right) = padding, crop
-    if top or left:
-        whole = whole[:, :, top:, left:]
-    if bottom < 0 or right < 0:
-        whole = whole[:, :, : whole.shape[2] + min(bottom, 0), : whole.shape[3] + min(right, 0)]
-    if bottom > 0 or right > 0:
-        whole = F.pad(whole, (0, max(right, 0), 0, max(bottom, 0)))
+    for dim, (p, r) in enumerate(zip(padding, rest, strict=True), 2):
+        whole = _part(whole, dim, p, whole.shape[dim] - max(p - r, 0))
+    bottom, right = (max(r - p, 0) for p, r in zip(padding, rest, strict=True))
+    if bottom or right:
+        whole = functional.pad(whole, (0, right, 0, bottom))
     return whole
+
+
+def _part(x: Tensor, dim: int, start: int, stop: int) -> Tensor:
+    """A slice, copied into new memory."""
+    if (start, stop) == (0, x.shape[dim]):
+        return x
+    result: Tensor = aten.slice_copy.Tensor(x, dim, start, stop)
+    return result
 
 
 def _overlap_add(columns: Tensor, whole: int, stride: int, dilation: int) -> Tensor:
     """(M, k, R, n) -> (M, R, whole): piece j goes to the places j * dilation + stride * (0 ... n-1)."""
-    total: Tensor | None = None
     m, k, r, n = columns.shape
+    pieces = []
     for j in range(k):
-        piece = columns[:, j].reshape(m, r, n)
+        piece = _part(columns, 1, j, j + 1).reshape(m, r, n)
         if stride > 1:
-            piece = F.pad(piece[..., None], (0, stride - 1)).reshape(m, r, n * stride)[..., : (n - 1) * stride + 1]
-        piece = F.pad(piece, (j * dilation, whole - j * dilation - piece.shape[-1]))
-        total = piece if total is None else total + piece
-    assert total is not None  # a kernel has at least one column
-    return total
+            piece = functional.pad(piece.reshape(m, r, n, 1), (0, stride - 1)).reshape(m, r, n * stride)
+            piece = _part(piece, 2, 0, (n - 1) * stride + 1)
+        piece = functional.pad(piece, (j * dilation, whole - j * dilation - piece.shape[-1]))
+        pieces.append(piece)
+    return functools.reduce(torch.add, pieces)
 
 
 def _overlap_add_rows(rows: Tensor, whole: int, stride: int, dilation: int) -> Tensor:
     """(M, k, C, n, W) -> (M, C, whole, W), as above along the axis before the last."""
     m, k, c, n, w = rows.shape
-    total: Tensor | None = None
+    pieces = []
     for i in range(k):
-        piece = rows[:, i].reshape(m, c, n * w)
+        piece = _part(rows, 1, i, i + 1).reshape(m, c, n * w)
         if stride > 1:
-            piece = F.pad(piece.reshape(m, c, n, w), (0, (stride - 1) * w)).reshape(m, c, n * stride * w)
-            piece = piece[..., : ((n - 1) * stride + 1) * w]
-        piece = F.pad(piece, (i * dilation * w, whole * w - i * dilation * w - piece.shape[-1]))
-        total = piece if total is None else total + piece
-    assert total is not None
-    return total.reshape(m, c, whole, w)
+            piece = functional.pad(piece.reshape(m, c, n, w), (0, (stride - 1) * w)).reshape(m, c, n * stride * w)
+            piece = _part(piece, 2, 0, ((n - 1) * stride + 1) * w)
+        piece = functional.pad(piece, (i * dilation * w, whole * w - i * dilation * w - piece.shape[-1]))
+        pieces.append(piece)
+    return functools.reduce(torch.add, pieces).reshape(m, c, whole, w)
 
 
 # Pooling, slices, joins
@@ -423,12 +434,14 @@ def _max_pool(rewriter: _Rewriter, node: fx.Node, args: Sequence[Any], kwargs: d
     kernel, padding, dilation = _pair(kernel), _pair(padding), _pair(dilation)
     stride = _pair(stride) if stride else kernel
     if any(padding):
-        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]), value=torch.finfo(x.dtype).min)
+        x = functional.pad(x, (padding[1], padding[1], padding[0], padding[0]), value=torch.finfo(x.dtype).min)
     height, width = ((x.shape[2 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2))
     best: Tensor | None = None
     for i in range(kernel[0]):
         for j in range(kernel[1]):
-            window = _window(x, (0, 0, i * dilation[0], j * dilation[1]), (1, 1, *stride), (*x.shape[:2], height, width))
+            window = _window(
+                x, (0, 0, i * dilation[0], j * dilation[1]), (1, 1, *stride), (*x.shape[:2], height, width)
+            )
             best = window if best is None else torch.maximum(best, window)
     return best, None
 
@@ -445,7 +458,7 @@ def _slice(rewriter: _Rewriter, node: fx.Node, args: Sequence[Any], kwargs: dict
     chain = [node]
     while chain[-1].args[0].target is aten.slice.Tensor:  # type: ignore[union-attr]
         chain.append(chain[-1].args[0])  # type: ignore[arg-type]
-    base = rewriter.env[chain[-1].args[0]]
+    base = rewriter.env[chain[-1].args[0]]  # type: ignore[index]
     starts, steps, shape = [0] * base.dim(), [1] * base.dim(), list(base.shape)
     for link in reversed(chain):
         dim, start, end, step = (
@@ -456,8 +469,12 @@ def _slice(rewriter: _Rewriter, node: fx.Node, args: Sequence[Any], kwargs: dict
         starts[dim] += start * steps[dim]
         steps[dim] *= step
         shape[dim] = max(0, -(-(end - start) // step))
-    if all(step == 1 for step in steps) or 0 in shape:
+    if 0 in shape:
         return None
+    if all(step == 1 for step in steps):
+        dim, start, end = (_argument(node, args, kwargs, name) for name in ("dim", "start", "end"))
+        start, end, _ = slice(start, end).indices(args[0].shape[dim])
+        return _part(args[0], dim % args[0].dim(), start, end)
     return _window(base, starts, steps, shape)
 
 
@@ -466,7 +483,7 @@ def _select(rewriter: _Rewriter, node: fx.Node, args: Sequence[Any], kwargs: dic
     x, dim, index = args
     dim %= x.dim()
     index %= x.shape[dim]
-    return aten.slice.Tensor(x, dim, index, index + 1).reshape([s for i, s in enumerate(x.shape) if i != dim])
+    return _part(x, dim, index, index + 1).reshape([s for i, s in enumerate(x.shape) if i != dim])
 
 
 @_rule(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
@@ -481,7 +498,7 @@ def _split(rewriter: _Rewriter, node: fx.Node, args: Sequence[Any], kwargs: dict
     pieces, start = [], 0
     for piece in node.target(*args, **kwargs):  # type: ignore[operator]
         size = 1 if node.target is aten.unbind.int else piece.shape[dim]
-        pieces.append(aten.slice.Tensor(x, dim, start, start + size).reshape(piece.shape))
+        pieces.append(_part(x, dim, start, start + size).reshape(piece.shape))
         start += size
     return pieces
 
@@ -498,9 +515,8 @@ def _cat(rewriter: _Rewriter, node: fx.Node, args: Sequence[Any], kwargs: dict[s
     if inner >= 4 or any(p.shape != first.shape for p in pieces) or not _is_float(*pieces):
         return None
     outer, count = first.numel() // inner, len(pieces)
-    joined = torch.cat([p.reshape(-1) for p in pieces])
-    turned = _strided(joined, (outer, count, inner), (inner, outer * inner, 1))
-    return turned.reshape(*first.shape[:dim], count * first.shape[dim], *first.shape[dim + 1 :])
+    joined = torch.cat([p.reshape(1, outer, inner) for p in pieces])
+    return _permuted(joined, (1, 0, 2)).reshape(*first.shape[:dim], count * first.shape[dim], *first.shape[dim + 1 :])
 
 
 @_rule(aten.expand.default)
@@ -517,8 +533,8 @@ def _expand(rewriter: _Rewriter, node: fx.Node, args: Sequence[Any], kwargs: dic
 
 @_rule(aten.full_like.default, aten.zeros_like.default, aten.ones_like.default)
 def _filled(rewriter: _Rewriter, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    value = {aten.zeros_like.default: 0, aten.ones_like.default: 1}.get(node.target)
-    return torch.full(args[0].shape, args[1] if value is None else value, dtype=kwargs.get("dtype") or args[0].dtype)
+    value = args[1] if node.target is aten.full_like.default else node.target is aten.ones_like.default
+    return torch.full(args[0].shape, value, dtype=kwargs.get("dtype") or args[0].dtype)
 
 
 @_rule(aten.constant_pad_nd.default)
@@ -535,7 +551,13 @@ def _reduce(rewriter: _Rewriter, node: fx.Node, args: Sequence[Any], kwargs: dic
     dims, keep = (_argument(node, args, kwargs, name) for name in ("dim", "keepdim"))
     dims = sorted(d % x.dim() for d in dims or range(x.dim()))
     size = math.prod(x.shape[d] for d in dims)
-    if kwargs.get("dtype") or not _is_float(x) or x.dim() < 2 or dims != list(range(dims[0], dims[-1] + 1)) or size == 0:
+    if (
+        kwargs.get("dtype")
+        or not _is_float(x)
+        or x.dim() < 2
+        or dims != list(range(dims[0], dims[-1] + 1))
+        or size == 0
+    ):
         return None
     shape = [1 if d in dims else s for d, s in enumerate(x.shape)]
     if not keep:
@@ -584,16 +606,25 @@ for _names, _form in (
 def _to_copy(rewriter: _Rewriter, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """A comparison that becomes a number. Vectors with one element for each example stay comparisons: those decide
     what counts, and have to be right for NaN too."""
-    source = node.args[0]
-    if kwargs.get("dtype") != torch.float32 or not isinstance(source, fx.Node) or args[0].dim() < 2:
+    if kwargs.get("dtype") != torch.float32 or args[0].dim() < 2 or args[0].dtype != torch.bool:
         return None
-    form = _COMPARISONS.get(source.target)
+    return _as_number(rewriter, node.args[0])
+
+
+def _as_number(rewriter: _Rewriter, node: Any) -> Tensor | None:
+    """A condition as 1.0 or 0.0, by arithmetic alone, or None."""
+    left, right = (rewriter.env[v] if isinstance(v, fx.Node) else v for v in (*node.args, None)[:2])
+    if node.target is aten._to_copy.default:
+        return _step(left.abs()) if _is_float(left) else None
+    if node.target in (aten.bitwise_and.Tensor, aten.logical_and.default):
+        both = [_as_number(rewriter, v) for v in node.args]
+        return None if both[0] is None or both[1] is None else both[0] * both[1]
+    form = _COMPARISONS.get(node.target)
     if form is None:
         return None
-    left, right = (rewriter.env[v] if isinstance(v, fx.Node) else v for v in source.args[:2])
     if _is_float(left) and (_is_float(right) or isinstance(right, int | float)):
         return form(left, right)
-    if source.target is aten.eq.Tensor and any(_counts_up(v) for v in source.args[:2]):
+    if node.target is aten.eq.Tensor and any(_counts_up(v) for v in node.args[:2]):
         difference = left.to(torch.float32) - right.to(torch.float32)
         return 1.0 - (difference * difference).clamp(0.0, 1.0)
     return None
@@ -632,11 +663,11 @@ def _where(rewriter: _Rewriter, node: fx.Node, args: Sequence[Any], kwargs: dict
     condition = condition.reshape(batch)
     index = torch.where(condition, torch.arange(batch), torch.full((), batch, dtype=torch.int64))
     flat = rows.reshape(batch, -1)
-    return F.embedding(index, torch.cat([flat, torch.zeros(1, flat.shape[1])])).reshape(rows.shape)
+    return functional.embedding(index, torch.cat([flat, torch.zeros(1, flat.shape[1])])).reshape(rows.shape)
 
 
 def _is_zero(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target is aten.full.default and node.args[1] == 0
+    return isinstance(node, fx.Node) and node.target is aten.full.default and bool(node.args[1] == 0)
 
 
 @_rule(operator.getitem)
