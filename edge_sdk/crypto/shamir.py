@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
+from math import comb
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_sdk.crypto.hashing import tagged_hash
 from edge_sdk.crypto.stream import KeyStream, uniform_residues
 from edge_sdk.errors import ParameterError
 
@@ -43,7 +45,27 @@ def lagrange(sources: Sequence[int], target: int, modulus: int = PRIME) -> list[
 
 
 def _matrix(sources: Sequence[int], targets: Sequence[int]) -> NDArray[np.int64]:
-    return np.array([lagrange(sources, target) for target in targets], dtype=np.int64).reshape(-1, len(sources))
+    """`lagrange` for every target: int64 (targets, sources). Liars make the coordinator try thousands of subsets, each
+    with its own matrix, so that it is computed by columns and not number by number."""
+    points, at = np.array(sources, dtype=np.int64), np.array(targets, dtype=np.int64)
+    apart = (points[:, None] - points) % PRIME  # (source j, source i)
+    np.fill_diagonal(apart, 1)
+    if not apart.all():
+        raise ParameterError(f"the points {sources} are not distinct")
+    denominators = np.ones_like(points)
+    for row in apart:
+        denominators = denominators * row % PRIME
+    # Row j of `apart` has x_j - x_i where weight i divides by x_i - x_j: one sign for each of the other sources.
+    signs = (-1) ** (len(points) - 1)
+    inverses = np.array([pow(signs * int(value), -1, PRIME) for value in denominators], dtype=np.int64)
+    differences = (at - points[:, None]) % PRIME  # (source, target)
+    # Products of all the others, from both ends: a target that is a source itself must not be divided by.
+    before, after = np.ones_like(differences), np.ones_like(differences)
+    for i in range(1, len(points)):
+        before[i] = before[i - 1] * differences[i - 1] % PRIME
+        after[-1 - i] = after[-i] * differences[-i] % PRIME
+    weights: NDArray[np.int64] = (before * after % PRIME * inverses[:, None] % PRIME).T
+    return weights
 
 
 def _apply(matrix: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -84,10 +106,10 @@ class PackedShamir:
         """Secrets that `answers` may stand for, best first, each with the members that it disagrees with.
 
         answers: member number (1..members) -> its shares, all of one length; at least `threshold` of them.
-        plausible: a cheap test of a few secrets, used to skip most wrong subsets.
+        plausible: a cheap test of any number of secrets; a subset whose secrets fail it is skipped.
         The first candidate is the only codeword within (answers - threshold) // 2 wrong members, if there is one.
-        Then come those of subsets of `threshold` answers, at most MAX_SUBSETS tried, in lexicographic order. Secrets
-        are int64, centred in [-32760, 32760].
+        Then come those of subsets of `threshold` answers: all of them if they are at most MAX_SUBSETS, else so many
+        drawn by a hash of the answers, which a liar cannot foresee. Secrets are int64, centred in [-32760, 32760].
         That a member disagrees proves nothing against it: a dealer's bad shares look the same.
         """
         numbers = sorted(answers)
@@ -96,32 +118,45 @@ class PackedShamir:
         wrong = self._unique_decode(numbers, answers)
         seen: set[frozenset[int]] = set()
         if wrong is not None:
-            secrets, disagree = self._interpolate([n for n in numbers if n not in wrong][: self.threshold], answers)
+            subset = tuple(n for n in numbers if n not in wrong)[: self.threshold]
+            disagree = self._disagreeing(subset, answers)
             seen.add(disagree)
-            yield secrets, disagree
+            yield self._secrets(subset, answers), disagree
             if not disagree:
                 return  # every subset gives this same polynomial
-        for tried, subset in enumerate(combinations(numbers, self.threshold)):
-            if tried == MAX_SUBSETS:
-                return
-            sample = np.stack([answers[n][:8] for n in subset])
-            if plausible(_centre(_apply(_matrix(subset, self._secret_points), sample).T.reshape(-1))):
-                secrets, disagree = self._interpolate(list(subset), answers)
+        for subset in self._subsets(numbers, answers):
+            # A few secrets settle it, unless a dealer lied in the others; and who disagrees costs more than all secrets.
+            if plausible(self._secrets(subset, answers, 8)) and plausible(secrets := self._secrets(subset, answers)):
+                disagree = self._disagreeing(subset, answers)
                 if disagree not in seen:
                     seen.add(disagree)
                     yield secrets, disagree
 
-    def _interpolate(
-        self, subset: list[int], answers: Mapping[int, NDArray[np.int64]]
-    ) -> tuple[NDArray[np.int64], frozenset[int]]:
+    def _subsets(self, numbers: list[int], answers: Mapping[int, NDArray[np.int64]]) -> Iterator[tuple[int, ...]]:
+        if comb(len(numbers), self.threshold) <= MAX_SUBSETS:
+            yield from combinations(numbers, self.threshold)
+            return
+        stream = KeyStream(tagged_hash("subsets", *(answers[n].astype("<u2").tobytes() for n in numbers)))
+        for _ in range(MAX_SUBSETS):
+            left = list(numbers)
+            for taken in range(self.threshold):  # the first steps of a Fisher-Yates shuffle
+                other = taken + int(uniform_residues(stream, len(left) - taken, 1)[0])
+                left[taken], left[other] = left[other], left[taken]
+            yield tuple(sorted(left[: self.threshold]))
+
+    def _secrets(
+        self, subset: Sequence[int], answers: Mapping[int, NDArray[np.int64]], polynomials: int | None = None
+    ) -> NDArray[np.int64]:
+        """Centred secrets of the first `polynomials` (all of them by default) that go through the subset's answers."""
+        values = np.stack([answers[n][:polynomials] for n in subset])
+        return _centre(_apply(_matrix(subset, self._secret_points), values).T.reshape(-1))
+
+    def _disagreeing(self, subset: Sequence[int], answers: Mapping[int, NDArray[np.int64]]) -> frozenset[int]:
+        """The members whose answers are not on the polynomials through the subset's."""
         values = np.stack([answers[n] for n in subset])
         rest = [n for n in sorted(answers) if n not in subset]
-        disagree = frozenset(
-            n for n, expected in zip(rest, _apply(_matrix(subset, rest), values), strict=True)
-            if not np.array_equal(expected, answers[n])
-        )  # fmt: skip
-        packed = _apply(_matrix(subset, self._secret_points), values)
-        return _centre(packed.T.reshape(-1)), disagree
+        expected = _apply(_matrix(subset, rest), values)
+        return frozenset(n for n, row in zip(rest, expected, strict=True) if not np.array_equal(row, answers[n]))
 
     def _unique_decode(self, numbers: list[int], answers: Mapping[int, NDArray[np.int64]]) -> frozenset[int] | None:
         """The wrong members, if at most (answers - threshold) // 2 are: column by column, each named one is set aside.

@@ -2,8 +2,8 @@
 
 Random signs, then a Walsh-Hadamard transform in blocks of the largest power of two that fits (at most 4096); what the
 blocks leave over at the end is covered by one more signed block over the last coordinates, which overlaps the one
-before. Every step is orthogonal and nothing is padded. Each coordinate of the result is sub-Gaussian with variance proxy
-at most |x|^2 / block (Kairouz, Liu and Steinke 2021, arXiv:2102.06387, Lemma 28; in blocks the bound is with the
+before. Every step is orthogonal and nothing is padded. Each coordinate of the result is sub-Gaussian with variance
+proxy at most |x|^2 / block (Kairouz, Liu and Steinke 2021, arXiv:2102.06387, Lemma 28; in blocks the bound is with the
 block's length, not the vector's).
 """
 

@@ -84,7 +84,7 @@ class Certified:
     digest: bytes
     groups: tuple[tuple[int, ...], ...]
     certificate: Certificate
-    answers: Mapping[int, tuple[bytes | None, ...]] = field(default_factory=dict)
+    answers: Mapping[int, tuple[bytes | None, ...]] = field(default_factory=dict, repr=False)
 
     def answers_of(self, group: int) -> dict[int, NDArray[np.int64]]:
         """Member number -> its summed shares of the group, of the members that could give one."""
@@ -319,7 +319,12 @@ def open_round(
 
 
 def abort(state: Collecting | Sealed, coordinator: Identity, reason: str) -> Aborted:
-    """End the round before its certificate. Afterwards it can only be opened: the sums count as known."""
+    """End the round before its certificate. Afterwards it can only be opened: the sums count as known.
+
+    Raises ParameterError in any other state.
+    """
+    if not isinstance(state, Collecting | Sealed):
+        raise ParameterError(f"a round that is {phase(state)} cannot be aborted: its sums count as known")
     return Aborted(state.round, reason, sign(coordinator, Abort(state.round.tid, reason[:512])))
 
 

@@ -174,7 +174,11 @@ def committee_indices(frozen: Frozen, seed: bytes) -> list[int]:
 
 
 class FleetEpoch:
-    """An epoch whose signature and every derived number were checked, with what follows from it."""
+    """An epoch whose signature was checked, with what follows from it.
+
+    That the committee is the beacon's and the thresholds hold is recomputed. The authority's word is taken for the keys
+    at the drawn places and, within its possible range, for how many corrupt devices a group can hold.
+    """
 
     def __init__(self, authority_key: bytes, signed: Signed) -> None:
         """Raises PeerError if the authority did not sign it or if what it states does not follow from the beacon."""
@@ -197,6 +201,8 @@ class FleetEpoch:
         self.beacon = beacon(frozen, epoch.entropy)
         self.members = tuple(epoch.members)
         keys = [member.key for member in self.members]
+        if (frozen.committee == "helpers") != bool(frozen.helpers):
+            raise PeerError("epoch: helpers are named exactly when the committee is 'helpers'")
         if frozen.committee == "helpers":
             expected: list[int | None] = [None] * len(frozen.helpers)
             if keys != frozen.helpers:

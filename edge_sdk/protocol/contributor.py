@@ -66,6 +66,8 @@ class Terms:
 
     bundle: bytes
     """Hash of the one bundle that is registered for the task."""
+    dimension: int | None = None
+    """Integers that this device's vector for the bundle has; None leaves it to the caller."""
     min_honest: int = 2
     min_noise_multiplier: float = 0.0
     """Smallest noise of a group's sum over the clip, both in weight units. Steps alone would bound nothing: the ticket
@@ -76,6 +78,8 @@ class Terms:
         ticket = round_.ticket
         if ticket.bundle != self.bundle:
             raise PeerError(f"ticket: bundle {ticket.bundle.hex()[:16]} is not the one registered for {ticket.task}")
+        if self.dimension is not None and ticket.dimension != self.dimension:
+            raise PeerError(f"ticket: dimension {ticket.dimension}, but the bundle's vector has {self.dimension}")
         if ticket.honest < self.min_honest:
             raise PeerError(
                 f"ticket: a cohort of {ticket.honest} honest devices is below this device's {self.min_honest}"

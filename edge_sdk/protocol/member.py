@@ -78,7 +78,7 @@ class Released:
 
     round: Round
     seal: bytes
-    release: Signed
+    release: Signed = field(repr=False)
 
 
 @dataclass(frozen=True)

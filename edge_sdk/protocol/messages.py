@@ -7,6 +7,7 @@ travels as `Signed`; the signature is over the body's bytes under the message's 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Literal, TypeVar
 
@@ -24,6 +25,9 @@ MAX_CONTRIBUTORS = 10_000
 MAX_GROUPS = 64
 MAX_MESSAGE_BYTES = 16 << 20
 """Nothing larger is decoded. The masked vector is not a message: it travels as a blob under its content hash."""
+MAX_BODY_BYTES = 1 << 20
+"""No signed body is larger: the longest, a seal of 10,000 contributors, has 400 kB. Some bodies are parsed to find the
+author before a signature is checked, and parsed they take many times their size."""
 
 Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -45,7 +49,7 @@ class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 class Signed(Message, frozen=True):
     """Bytes with an author. `body` stays as it came: it is what was signed and what is hashed."""
 
-    body: Annotated[bytes, Meta(max_length=MAX_MESSAGE_BYTES)]
+    body: Annotated[bytes, Meta(max_length=MAX_BODY_BYTES)]
     signature: Signature
 
 
@@ -278,10 +282,15 @@ def decode(kind: type[M], data: bytes) -> M:
         message = decoder.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         # ValueError: text that is not UTF-8.
-        raise PeerError(f"{label}: {error}") from error
+        raise PeerError(f"{label}: {_named(kind, str(error))}") from error
     if _encoder.encode(message) != data:
         raise PeerError(f"{label}: not in its one canonical encoding")
     return message  # type: ignore[return-value]  # a Decoder(kind) returns a kind
+
+
+def _named(kind: type[Message], text: str) -> str:
+    """A decoding error with the field's name for its place: "... - at `$[3][0]`" becomes "... - at `round[0]`"."""
+    return re.sub(r"`\$\[(\d+)\]", lambda found: f"`{kind.__struct_fields__[int(found[1])]}", text)
 
 
 def message_hash(kind: type[Message], body: bytes) -> bytes:

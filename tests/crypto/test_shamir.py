@@ -9,7 +9,6 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from official import official
 
-from edge_sdk.crypto import shamir
 from edge_sdk.crypto.shamir import MAX_SUBSETS, PRIME, PackedShamir, error_positions, lagrange
 from edge_sdk.crypto.stream import KeyStream, uniform_residues
 from edge_sdk.errors import ParameterError
@@ -303,7 +302,7 @@ def test_liars_beyond_the_bound_can_be_first_but_the_truth_follows():
     assert [disagree for opened, disagree in found if np.array_equal(opened, secrets)] == [{4, 5}]
 
 
-def test_a_subset_is_judged_by_the_secrets_of_its_first_eight_polynomials():
+def test_a_subset_is_judged_by_its_first_eight_polynomials_and_only_then_by_all_its_secrets():
     scheme, secrets = PackedShamir(4, 1, 2), secrets_of(40)
     shares = scheme.share(secrets, stream_of(3))
     answers = {n: shares[n - 1].copy() for n in range(1, 5)}
@@ -312,14 +311,23 @@ def test_a_subset_is_judged_by_the_secrets_of_its_first_eight_polynomials():
 
     def plausible(sample):
         seen.append(sample.copy())
-        return np.array_equal(sample, secrets[:16])
+        return np.array_equal(sample, secrets[: len(sample)])
 
     found = list(scheme.candidates(answers, plausible))
-    assert len(seen) == 4
-    assert all(len(sample) == 16 for sample in seen)
+    assert [len(sample) for sample in seen] == [16, 40, 16, 16, 16]  # {1, 2, 3} is right, those with 4 are not
     assert len(found) == 1
     assert np.array_equal(found[0][0], secrets)
     assert found[0][1] == {4}
+
+
+def test_a_subset_that_is_wrong_only_after_the_eighth_polynomial_is_no_candidate():
+    """A dealer knows which secrets are looked at first."""
+    scheme, secrets = PackedShamir(4, 1, 2), secrets_of(40)
+    shares = scheme.share(secrets, stream_of(3))
+    answers = {n: shares[n - 1].copy() for n in range(1, 5)}
+    answers[4][8] ^= 1
+    found = list(scheme.candidates(answers, lambda sample: np.array_equal(sample, secrets[: len(sample)])))
+    assert [disagree for _, disagree in found] == [{4}]
 
 
 def test_no_more_than_the_stated_number_of_subsets_is_tried():
@@ -331,18 +339,31 @@ def test_no_more_than_the_stated_number_of_subsets_is_tried():
     assert len(tried) == MAX_SUBSETS
 
 
-def test_subsets_are_tried_in_lexicographic_order_up_to_the_limit(monkeypatch):
-    monkeypatch.setattr(shamir, "MAX_SUBSETS", 5)
+def test_all_subsets_are_tried_in_lexicographic_order_where_they_are_few():
     scheme = PackedShamir(6, 2, 1)
     shares = scheme.share(secrets_of(1), stream_of(1))
     answers = {n: (shares[n - 1] + 1000 * n**4) % PRIME for n in range(1, 7)}
     seen = []
     list(scheme.candidates(answers, lambda sample: bool(seen.append(int(sample[0])))))
     expected = []
-    for subset in list(combinations(range(1, 7), 3))[:5]:
+    for subset in combinations(range(1, 7), 3):
         value = interpolate(list(subset), [int(answers[n][0]) for n in subset], 0)
         expected.append((value + HALF) % PRIME - HALF)
     assert seen == expected
+
+
+def test_many_subsets_are_drawn_by_the_answers_and_not_by_the_liars_places():
+    """A fixed order would hold one member in its first 4,096 subsets: that one liar could stop every opening."""
+    scheme = PackedShamir(30, 15, 8)
+    secrets = np.arange(16) - 8
+    answers = {n: row.copy() for n, row in enumerate(scheme.share(secrets, stream_of(1)), start=1)}
+    for liars in ((1, 2, 3, 4), (27, 28, 29, 30), (2, 9, 17, 30)):
+        wrong = {n: (row + 5 * n) % PRIME if n in liars else row for n, row in answers.items()}
+        found = list(scheme.candidates(wrong, lambda sample: bool(np.abs(sample).max() < 100)))
+        assert any(np.array_equal(candidate, secrets) for candidate, _ in found)
+    subsets = [list(scheme._subsets(sorted(a), a)) for a in (answers, answers, wrong)]
+    assert subsets[0] == subsets[1] != subsets[2]
+    assert all(len(set(subset)) == scheme.threshold for subset in subsets[0])
 
 
 def test_no_candidate_is_repeated():

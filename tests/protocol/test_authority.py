@@ -222,7 +222,7 @@ def _swap(members: list[Member]) -> list[Member]:
         ({"committee_size": 21}, "not the one that the beacon draws"),
         ({"corrupt_devices": 20}, "leave no quorum"),
         ({"committee": "everyone"}, "'everyone' means all 40"),
-        ({"committee": "helpers"}, "the members are not the pinned helpers"),
+        ({"committee": "helpers"}, "helpers are named exactly when the committee is 'helpers'"),
         ({"groupings": [Grouping(1, 1), Grouping(1, 1)]}, "a number of groups is listed twice"),
         ({"groupings": [Grouping(1, 2)]}, "2 corrupt devices in one of 1 groups is not possible"),
     ],

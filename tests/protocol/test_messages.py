@@ -163,7 +163,7 @@ NOISE = NoisePlan("device", 1.0, 1e-4, 100.0)
 def test_a_noise_plan_holds_positive_finite_numbers_only(field, value):
     parts = ["device", 1.0, 1e-4, 100.0]
     parts[field] = value
-    assert f"$[{field}]" in refused(NoisePlan, msgspec.msgpack.encode(parts))
+    assert f"`{NoisePlan.__struct_fields__[field]}`" in refused(NoisePlan, msgspec.msgpack.encode(parts))
 
 
 @pytest.mark.parametrize("value", [1, True, b"\x00", "1", None, [1.0]], ids=repr)
@@ -174,35 +174,35 @@ def test_a_float_is_not_taken_from_another_type(value):
 @pytest.mark.parametrize(
     ("kind", "fields", "says"),
     [
-        (Grouping, [0, 1], "$[0]"),
-        (Grouping, [65, 1], "$[0]"),
-        (Grouping, [1, 0], "$[1]"),
-        (Grouping, [-1, 1], "$[0]"),
-        (Grouping, [1.0, 1], "$[0]"),
-        (Grouping, [True, 1], "$[0]"),
-        (Grouping, ["1", 1], "$[0]"),
-        (Grouping, [2**64 - 1, 1], "$[0]"),
+        (Grouping, [0, 1], "`groups`"),
+        (Grouping, [65, 1], "`groups`"),
+        (Grouping, [1, 0], "`corrupt`"),
+        (Grouping, [-1, 1], "`groups`"),
+        (Grouping, [1.0, 1], "`groups`"),
+        (Grouping, [True, 1], "`groups`"),
+        (Grouping, ["1", 1], "`groups`"),
+        (Grouping, [2**64 - 1, 1], "`groups`"),
         (Grouping, [1], "at least length 2"),
         (Grouping, [1, 1, 1], "at most length 2"),
         (Grouping, {"groups": 1, "corrupt": 1}, "Expected `array`"),
-        (SealSignature, [bytes(31), bytes(32), 1], "$[0]"),
-        (SealSignature, [bytes(33), bytes(32), 1], "$[0]"),
-        (SealSignature, ["0" * 32, bytes(32), 1], "$[0]"),
-        (SealSignature, [bytes(32), bytes(32), 0], "$[2]"),
-        (SealSignature, [bytes(32), bytes(32), 257], "$[2]"),
-        (Receipt, [bytes(32), 1 << 20, bytes(32)], "$[1]"),
-        (Receipt, [bytes(32), -1, bytes(32)], "$[1]"),
-        (Seal, [bytes(32), []], "$[1]"),
-        (Seal, [bytes(32), [[]] * 65], "$[1]"),
-        (Seal, [bytes(32), [[[0, bytes(32), 0]]]], "$[1][0][0]"),
-        (Release, [bytes(32), bytes(32), 1, [b"\0"]], "$[3][0]"),
-        (Release, [bytes(32), bytes(32), 1, [bytes(4097)]], "$[3][0]"),
-        (Abort, [bytes(32), ""], "$[1]"),
-        (Abort, [bytes(32), "a" * 513], "$[1]"),
-        (Abort, [bytes(32), b"reason"], "$[1]"),
-        (Certificate, [bytes(32), bytes(32), [[1, bytes(63)]]], "$[2][0][1]"),
-        (Complaint, [bytes(32), 1, list(range(10_001))], "$[2]"),
-        (Signed, [b"", bytes(65)], "$[1]"),
+        (SealSignature, [bytes(31), bytes(32), 1], "`tid`"),
+        (SealSignature, [bytes(33), bytes(32), 1], "`tid`"),
+        (SealSignature, ["0" * 32, bytes(32), 1], "`tid`"),
+        (SealSignature, [bytes(32), bytes(32), 0], "`member`"),
+        (SealSignature, [bytes(32), bytes(32), 257], "`member`"),
+        (Receipt, [bytes(32), 1 << 20, bytes(32)], "`sender`"),
+        (Receipt, [bytes(32), -1, bytes(32)], "`sender`"),
+        (Seal, [bytes(32), []], "`groups`"),
+        (Seal, [bytes(32), [[]] * 65], "`groups`"),
+        (Seal, [bytes(32), [[[0, bytes(32), 0]]]], "`groups[0][0]`"),
+        (Release, [bytes(32), bytes(32), 1, [b"\0"]], "`sums[0]`"),
+        (Release, [bytes(32), bytes(32), 1, [bytes(4097)]], "`sums[0]`"),
+        (Abort, [bytes(32), ""], "`reason`"),
+        (Abort, [bytes(32), "a" * 513], "`reason`"),
+        (Abort, [bytes(32), b"reason"], "`reason`"),
+        (Certificate, [bytes(32), bytes(32), [[1, bytes(63)]]], "`signatures[0][1]`"),
+        (Complaint, [bytes(32), 1, list(range(10_001))], "`senders`"),
+        (Signed, [b"", bytes(65)], "`signature`"),
     ],
 )
 def test_a_field_outside_its_limits_is_named(kind, fields, says):
@@ -214,7 +214,7 @@ def test_a_task_has_a_plain_name(name):
     ticket = next(x for x in recording.recording().letters if x.kind is Ticket)
     tree = recording.parse(ticket.body)
     tree[2] = name
-    assert "$[2]" in refused(Ticket, recording.pack(tree))
+    assert "`task`" in refused(Ticket, recording.pack(tree))
 
 
 @pytest.mark.parametrize("header", [b"\xdd\xff\xff\xff\xff", b"\xdd\x7f\xff\xff\xff", b"\xdc\xff\xff"])
