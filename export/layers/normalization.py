@@ -105,7 +105,8 @@ class _GroupNorm(torch.autograd.Function):
         factor = inverse if w is None else inverse * w
         rest = centred * slope[:, :, None] + (inverse * group_mean(weighted_b))[:, :, None]
         of_x = grad * factor[:, :, None] - rest
-        return of_x, None if w is None else of_w.sum(0), of_b.sum(0), None, None
+        _, wants_w, wants_b, *_ = ctx.needs_input_grad
+        return of_x, of_w.sum(0) if wants_w else None, of_b.sum(0) if wants_b else None, None, None
 
 
 def _affine_gradients(grad: Tensor, centred: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,6 +75,10 @@ _KINDS = {
     aten.lstm.input: "lstm",
     aten.rnn_tanh.input: "tanh",
     aten.rnn_relu.input: "relu",
+    aten.gru_cell.default: "gru",
+    aten.lstm_cell.default: "lstm",
+    aten.rnn_tanh_cell.default: "tanh",
+    aten.rnn_relu_cell.default: "relu",
 }
 
 
@@ -98,19 +102,39 @@ def _one_direction(
     h, c = hidden[0], hidden[-1]
     for step in reversed(steps) if backwards else steps:
         from_state = recorder.linear(h, w_h, b_h, (sources[1], s_bh), placed_as=step)
-        if kind == "lstm":
-            i, f, g, o = (step + from_state).chunk(4, -1)
-            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-            h = torch.sigmoid(o) * torch.tanh(c)
-        elif kind != "gru":
-            h = torch.tanh(step + from_state) if kind == "tanh" else torch.relu(step + from_state)
-        else:
-            xr, xz, xn = step.chunk(3, -1)
-            hr, hz, hn = from_state.chunk(3, -1)
-            r, z = torch.sigmoid(xr + hr), torch.sigmoid(xz + hz)
-            n = torch.tanh(xn + r * hn)
-            h = n + z * (h - n)
+        h, c = _advance(kind, step, from_state, h, c)
         outputs.append(h)
     if backwards:
         outputs.reverse()
     return torch.stack(outputs), [h, c] if kind == "lstm" else [h]
+
+
+def _advance(kind: str, step: Tensor, from_state: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of a cell: what the input and the state contribute (B, gates * h) -> the next state (and LSTM cell)."""
+    if kind == "lstm":
+        i, f, g, o = (step + from_state).chunk(4, -1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+    if kind == "gru":
+        xr, xz, xn = step.chunk(3, -1)
+        hr, hz, hn = from_state.chunk(3, -1)
+        r, z = torch.sigmoid(xr + hr), torch.sigmoid(xz + hz)
+        n = torch.tanh(xn + r * hn)
+        return n + z * (h - n), c
+    return torch.tanh(step + from_state) if kind == "tanh" else torch.relu(step + from_state), c
+
+
+@rewrites(aten.gru_cell.default, aten.lstm_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default)
+def cell(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """One step of a recurrent cell."""
+    kind = _KINDS[node.target]
+    (xn, x), (_, state), (wxn, w_x), (whn, w_h), (bxn, b_x), (bhn, b_h) = arguments(
+        node, args, kwargs, "input", "hx", "w_ih", "w_hh", "b_ih", "b_hh"
+    )
+    if not recorder.depends[xn]:
+        return None
+    h, c = state if kind == "lstm" else (state, state)
+    step = recorder.linear(x, w_x, b_x, (source_of(recorder, wxn), source_of(recorder, bxn)))
+    from_state = recorder.linear(h, w_h, b_h, (source_of(recorder, whn), source_of(recorder, bhn)), placed_as=step)
+    h, c = _advance(kind, step, from_state, h, c)
+    return (h, c) if kind == "lstm" else h
