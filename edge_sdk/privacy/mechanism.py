@@ -37,7 +37,14 @@ FLOAT32_SLACK = 1.001
 """A gradient clipped in float32 inside the graph may exceed its bound by rounding."""
 
 MIN_SHARE_SIGMA = 2.0
-"""Least noise of one device, steps: below it a sum of discrete Gaussians is too far from one (see `sum_correction`)."""
+"""Least noise of one device, steps. Here `sum_correction` is below 1e-16 a coordinate; at 1.0 it would be 5e-4."""
+
+MAX_HONEST = 1 << 20
+LEAST, MOST = 1e-100, 1e100
+"""Range of the real parameters: squares and quotients of such numbers neither vanish nor overflow."""
+
+_MOST_STEPS = 2.0**40
+"""Coordinates below this stay below 2^52 through both passes of the rotation, each of which adds at most 6 bits."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +72,20 @@ class Mechanism:
         """Raises ParameterError that names the first parameter that is out of range."""
         if self.unit not in ("device", "example"):
             raise ParameterError(f"unit is {self.unit!r}: device or example")
+        for name in ("dimension", "honest", "modulus_bits"):
+            value = getattr(self, name)
+            if type(value) is not int:  # a NaN would pass any comparison below
+                raise ParameterError(f"{name} is {value!r}: an integer")
         if self.dimension < 1:
             raise ParameterError(f"dimension is {self.dimension}: at least 1")
         for name in ("clip", "granularity", "sigma", "loss_bound"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ParameterError(f"{name} is {value}: a finite number above 0")
-        if not (math.isfinite(self.metric_scale) and self.metric_scale >= 0):
-            raise ParameterError(f"metric_scale is {self.metric_scale}: a finite number, at least 0")
-        if self.honest < 2:
-            raise ParameterError(f"honest is {self.honest}: one device's noise alone hides nothing, at least 2")
+            if not LEAST <= value <= MOST:
+                raise ParameterError(f"{name} is {value}: a number from {LEAST} to {MOST}")
+        if not (self.metric_scale == 0 or LEAST <= self.metric_scale <= MOST):
+            raise ParameterError(f"metric_scale is {self.metric_scale}: 0, or a number from {LEAST} to {MOST}")
+        if not 2 <= self.honest <= MAX_HONEST:
+            raise ParameterError(f"honest is {self.honest}: 2 to {MAX_HONEST}; one device's noise alone hides nothing")
         if not 2 <= self.modulus_bits <= 31:
             raise ParameterError(f"modulus_bits is {self.modulus_bits}: 2 to 31")
         if not MIN_SHARE_SIGMA <= self.share_sigma <= MAX_SIGMA:
@@ -82,7 +93,7 @@ class Mechanism:
                 f"sigma = {self.sigma} shared by {self.honest} is {self.share_sigma:.3g} steps a device: "
                 f"{MIN_SHARE_SIGMA} to {MAX_SIGMA}; choose a finer granularity"
             )
-        if not self.sensitivity / self.granularity < 2.0**40:
+        if not self.sensitivity / self.granularity < _MOST_STEPS:
             raise ParameterError(f"granularity is {self.granularity}: too fine for a clip of {self.clip}")
 
     @property
@@ -94,7 +105,7 @@ class Mechanism:
     def sensitivity(self) -> float:
         """L2 norm of what one unit adds, before rounding, weight units: sqrt(C^2 + a^2 (2 + L^2))."""
         clip = self.clip * (FLOAT32_SLACK if self.unit == "example" else 1.0)
-        return math.sqrt(clip**2 + self.metric_scale**2 * (2 + self.loss_bound**2))
+        return math.hypot(clip, self.metric_scale, self.metric_scale, self.metric_scale * self.loss_bound)
 
     @property
     def beta(self) -> float:
@@ -114,28 +125,49 @@ class Mechanism:
 
     @property
     def share_sigma(self) -> float:
-        """One device's noise, steps: total / h in variance, so that any h of them carry all of it."""
-        return math.nextafter(self.sigma / math.sqrt(self.honest), math.inf)
+        """One device's noise, steps: total / h in variance, so that any h of them carry all of it.
+
+        The least float64 with share^2 h >= sigma^2. The root's and the quotient's rounding can lose two units in the
+        last place, so the search starts below them and compares in integers.
+        """
+        total, unit = self.sigma.as_integer_ratio()
+        share = self.sigma / math.sqrt(self.honest) * (1 - 2.0**-50)
+        while True:
+            part, whole = share.as_integer_ratio()
+            if (part * unit) ** 2 * self.honest >= (total * whole) ** 2:
+                return share
+            share = math.nextafter(share, math.inf)
 
     def sum_correction(self) -> float:
         """tau: how far a sum of h discrete Gaussians is from one, as max-divergence per coordinate.
 
-        10 * sum over k = 1..h-1 of exp(-2 pi^2 s^2 k / (k + 1)), s the share's sigma (the same paper, Theorem 1).
+        10 * sum over k = 1..h-1 of exp(-2 pi^2 s^2 k / (k + 1)), s the share's sigma (the same paper, Theorem 1). It
+        counts for each of `length` coordinates.
         """
         exponent = -2 * math.pi**2 * self.share_sigma**2
         return 10 * sum(math.exp(exponent * k / (k + 1)) for k in range(1, self.honest))
 
-    def wrap_probability(self, contributors: int) -> float:
+    def wrap_probability(self, contributors: int, units: int | None = None) -> float:
         """A bound on the probability that some coordinate of a sum of `contributors` wraps modulo 2^b.
 
-        Rotated coordinates are sub-Gaussian with proxy (n c)^2 / block for n aligned vectors of norm c, rounding adds
-        at most n/4, noise n share^2 (it comes from every contributor): a union bound over the coordinates. Wrapping
-        costs accuracy, never privacy.
+        contributors: devices that send, at least 1.  units: for "example", how many examples the sum holds (needed: a
+        device's sum has no bound of its own); for "device" there are as many as contributors.
+
+        Rotated coordinates are sub-Gaussian with proxy (u c)^2 / block for u aligned vectors of norm c, rounding adds
+        at most n / 4, noise n share^2 (it comes from every contributor): a union bound over the coordinates. A
+        conditional rounding may be off by 0.62 steps in the mean (docs/privacy.md section 2.1): taken off the room.
+        Wrapping costs accuracy, never privacy.
         """
-        spread = (contributors * self.sensitivity / self.granularity) ** 2 / block_length(self.length)
+        if self.unit == "device":
+            units = contributors
+        if contributors < 1 or units is None or units < 0:
+            raise ParameterError(f"no bound for {contributors} contributors with {units} {self.unit}s")
+        spread = (units * self.sensitivity / self.granularity) ** 2 / block_length(self.length)
         variance = spread + contributors * (0.25 + self.share_sigma**2)
-        half = 2.0 ** (self.modulus_bits - 1) - 1
-        return min(1.0, 2.0 * self.length * math.exp(-half * half / (2 * variance)))
+        room = 2.0 ** (self.modulus_bits - 1) - 1 - (contributors if self.unit == "device" else 0)
+        if room <= 0:
+            return 1.0
+        return min(1.0, 2.0 * self.length * math.exp(-room * room / (2 * variance)))
 
 
 @dataclass(frozen=True)
@@ -182,24 +214,24 @@ def encode(
     none were drawn: an empty draw sends noise.
     metrics: (count, correct, loss): for unit "device" of one device, averaged to at most (1, 1, loss_bound); for unit
     "example" sums of such. None exactly if the mechanism has no metrics.
-    public_seed: the ticket's hash.  entropy: 32 fresh secret bytes.
+    public_seed: the ticket's hash.  entropy: 32 fresh secret bytes, never used for another vector or seed.
     Raises ParameterError on a wrong shape, NaN or infinity; then nothing may be sent.
     """
     if vector.shape != (mechanism.dimension,) or vector.dtype != np.float64:
         raise ParameterError(f"the vector is float64 ({mechanism.dimension},), not {vector.dtype} {vector.shape}")
     if (metrics is None) != (mechanism.metric_scale == 0.0):
         raise ParameterError("metrics are given exactly if the plan has a metric_scale")
-    if not np.isfinite(vector).all():
-        raise ParameterError("the vector holds NaN or infinity")
     full = np.zeros(mechanism.length)
     full[: mechanism.dimension] = clip_l2(vector, mechanism.clip) if mechanism.unit == "device" else vector
     if metrics is not None:
         full[mechanism.dimension :] = _bounded(mechanism, metrics)
         full[mechanism.dimension :] *= mechanism.metric_scale
+    largest = max(float(full.max()), -float(full.min()))
+    if not largest < mechanism.granularity * _MOST_STEPS:  # true of a NaN too
+        fault = "too large for this granularity" if math.isfinite(largest) else "not finite: NaN or infinity"
+        raise ParameterError(f"the vector is {fault}")
     rotated = rotate(full, public_seed)
     rotated /= mechanism.granularity
-    if float(np.abs(rotated).max()) >= 2.0**52:
-        raise ParameterError("the vector is too large for this granularity")
     rounding = KeyStream(derive_key(entropy, "rounding", public_seed))
     if mechanism.unit == "device":
         integers = round_conditionally(rotated, mechanism.sensitivity_steps, rounding)
@@ -212,8 +244,10 @@ def encode(
 
 
 def decode(mechanism: Mechanism, total: NDArray[np.uint32], public_seed: bytes) -> Decoded:
-    """A group's sum modulo 2^b, uint32 (length,), back in weight units: an unbiased estimate of the sum.
+    """A group's sum modulo 2^b, uint32 (length,), back in weight units: an estimate of the sum of what was encoded.
 
+    Unbiased for unit "example". For "device" conditional rounding may shift the mean by at most 0.62 steps a device, in
+    the L2 norm of the whole vector (docs/privacy.md section 2.1).
     Raises ParameterError on another shape or dtype.
     """
     if total.shape != (mechanism.length,) or total.dtype != np.uint32:
@@ -229,7 +263,10 @@ def decode(mechanism: Mechanism, total: NDArray[np.uint32], public_seed: bytes) 
 
 
 def _bounded(mechanism: Mechanism, metrics: tuple[float, float, float]) -> F64:
-    """The metrics, checked to be within what the sensitivity allows for their number of units."""
+    """The metrics, checked to be within what the sensitivity allows for their number of units.
+
+    For "example" this sees only the sums. That no single example adds more than (1, 1, loss_bound) is the graph's part.
+    """
     count, correct, loss = metrics
     if not all(math.isfinite(value) and value >= 0 for value in metrics):
         raise ParameterError("the metrics hold a negative number, NaN or infinity")
@@ -237,4 +274,4 @@ def _bounded(mechanism: Mechanism, metrics: tuple[float, float, float]) -> F64:
     slack = 1 + 1e-6
     if count > units * slack or correct > units * slack or loss > units * mechanism.loss_bound * slack:
         raise ParameterError("the metrics exceed what this many units can add: clip the losses one by one")
-    return np.array([count, min(correct, units), min(loss, units * mechanism.loss_bound)])
+    return np.array([min(count, units), min(correct, units), min(loss, units * mechanism.loss_bound)])

@@ -3,8 +3,8 @@
 Random signs, then a Walsh-Hadamard transform in blocks of the largest power of two that fits (at most 4096); what the
 blocks leave over at the end is covered by one more signed block over the last coordinates, which overlaps the one
 before. Every step is orthogonal and nothing is padded. Each coordinate of the result is sub-Gaussian with variance
-proxy at most |x|^2 / block (Kairouz, Liu and Steinke 2021, arXiv:2102.06387, Lemma 28; in blocks the bound is with the
-block's length, not the vector's).
+proxy at most |x|^2 / block (Kairouz, Liu and Steinke 2021, arXiv:2102.06387, section 4.2: Lemma 29 in the numbering of
+the authors' code; in blocks the bound is with the block's length, not the vector's).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def block_length(dimension: int) -> int:
 def rotate(vector: F64, seed: bytes) -> F64:
     """The rotated vector, new, float64 (dimension,), of the same norm up to float64 rounding.
 
-    seed: public, the same for all devices of a round, fixed after their data: the ticket's hash.
+    seed: public, the same for all devices of a round: the ticket's hash. Honest data does not depend on it. A device
+    that fits its vector to the seed can make its own group's sum wrap, which it could do by lying as well.
     """
     signs, window_signs = _signs(vector.size, seed)
     out = vector * signs

@@ -1,6 +1,7 @@
 """Stochastic rounding to integers, and how far it can stretch a vector (docs/privacy.md section 2).
 
-Source: Kairouz, Liu and Steinke 2021, arXiv:2102.06387, section 4.2 (Proposition 26 and Definition 27).
+Source: Kairouz, Liu and Steinke 2021, arXiv:2102.06387, section 4.1 (conditional randomized rounding: Proposition 22 in
+the numbering of the authors' code) and Theorem 1. docs/privacy.md repeats the proof, which is short.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ def rounded_norm_bound(norm: float, dimension: int, beta: float) -> float:
 def round_stochastically(values: F64, stream: KeyStream) -> NDArray[np.int64]:
     """floor(values) plus one with the probability of the fraction, coordinate by coordinate: unbiased to 2^-53.
 
-    values: (d,) float64, magnitudes below 2^53.  The result has the distribution of floor(values + U), U uniform, so
-    that two neighbouring inputs can be coupled through one U (docs/privacy.md section 2.2). It is never drawn again.
+    values: (d,) float64, magnitudes below 2^53.  The result has the distribution of floor(v + U), U uniform on the
+    multiples of 2^-53 in [0, 1) and v within 2^-53 of `values` on the same grid, so that two neighbouring inputs can be
+    coupled through one U (docs/privacy.md section 2.2). It is never drawn again.
     """
     below = np.floor(values)
     coins = (stream.words64(values.size) >> np.uint64(11)).astype(np.float64)
@@ -50,7 +52,7 @@ def round_conditionally(values: F64, bound: float, stream: KeyStream) -> NDArray
     Right for one vector per device; not for a sum of examples, where drawing again would depend on all of them.
     Raises ParameterError if 512 draws all exceed the bound: it was not made for this vector.
     """
-    limit = bound * bound
+    limit = bound * bound * (1 - 1e-9)  # float64 adds d squares with a relative error below d 2^-53
     for _ in range(MAX_TRIES):
         rounded = round_stochastically(values, stream)
         as_float = rounded.astype(np.float64)
