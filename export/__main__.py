@@ -54,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(options)
     except SordinoError as error:
         print(f"edge-export: {error}", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "onnx", "onnxscript", "executorch", "safetensors", "rich"):
+            raise
+        print(f"edge-export: {error.name} is not installed: pip install 'sordino[export]'", file=sys.stderr)
     except OSError as error:
         print(f"edge-export: {error.strerror}: {error.filename}", file=sys.stderr)
     return 1

@@ -1,0 +1,166 @@
+"""edge-export as a user calls it: in a folder of one's own, by name, with the README's commands."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from export.__main__ import main
+
+SOURCE = """
+import torch
+from torch import nn
+from export.graph import TrainingSpec
+
+
+def build():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    return TrainingSpec(model, "cross_entropy", [torch.zeros(6)], torch.zeros((), dtype=torch.long), name="tiny")
+
+
+def other():
+    torch.manual_seed(0)
+    return TrainingSpec(nn.Linear(6, 3), "cross_entropy", [torch.zeros(6)], torch.zeros((), dtype=torch.long))
+
+
+def normalised():
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    return TrainingSpec(model, "cross_entropy", [torch.zeros(6)], torch.zeros((), dtype=torch.long))
+
+
+number = 3
+"""
+
+
+def edge_export(folder, *arguments):
+    """The command in this process, for its import of PyTorch takes seconds; one test below starts a real one."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(arguments)
+        except SystemExit as end:
+            code = end.code
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with a model's source, a key and a bundle."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "tiny.py").write_text(SOURCE)
+    assert edge_export(folder, "key", "--out", "publisher.key").returncode == 0
+    done = edge_export(folder, "build", "tiny.py:build", "--key", "publisher.key", "--out", "tiny.bundle", "--json")
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout)
+
+
+def test_a_key_is_secret_and_is_never_overwritten(built):
+    folder, _ = built
+    key = folder / "publisher.key"
+    assert key.stat().st_mode & 0o777 == 0o600
+    before = key.read_bytes()
+    again = edge_export(folder, "key", "--out", "publisher.key")
+    assert again.returncode == 1
+    assert "File exists: publisher.key" in again.stderr
+    assert key.read_bytes() == before
+
+
+def test_build_says_what_it_made(built):
+    _, said = built
+    assert said["dimension"] == 6 * 5 + 5 + 5 * 3 + 3
+    assert said["fallback"] == []
+    assert set(said["entries"]) == {"train.onnx", "predict.onnx"}
+
+
+def test_the_same_source_gives_the_same_bytes_in_another_process(built):
+    folder, _ = built
+    command = [sys.executable, "-m", "export", "build", "tiny:build", "--key", "publisher.key", "--out", "again.bundle"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "again.bundle").read_bytes() == (folder / "tiny.bundle").read_bytes()
+    assert "fast: outer, 1 use" in done.stderr
+
+
+def test_check_compares_the_run_times_and_fails_past_the_tolerance(built):
+    folder, _ = built
+    done = edge_export(folder, "check", "tiny.bundle", "tiny.py:build", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["tensor"] for row in rows} >= {"grad.0.weight", "grad.2.bias", "loss", "count"}
+    assert all(row["reference"] == "torch" and row["ok"] for row in rows)
+    alone = edge_export(folder, "check", "tiny.bundle")
+    assert alone.returncode == 0, alone.stderr
+    strict = edge_export(folder, "check", "tiny.bundle", "tiny.py:build", "--tolerance", "-1")
+    assert strict.returncode == 1
+    assert "differences are over -1" in strict.stderr
+    other = edge_export(folder, "check", "tiny.bundle", "tiny.py:other")
+    assert other.returncode == 1
+    assert "was not built from this source" in other.stderr
+
+
+def test_a_trained_model_comes_back_as_onnx_and_as_a_state_dict(built):
+    import onnxruntime
+    import torch
+    from safetensors.numpy import load_file, save_file
+
+    folder, said = built
+    vector = np.linspace(-1, 1, said["dimension"], dtype=np.float32)
+    np.save(folder / "trained.npy", vector)
+    for out in ("trained.onnx", "trained.pt", "trained.safetensors"):
+        done = edge_export(folder, "model", "tiny.bundle", "trained.npy", "--out", out)
+        assert done.returncode == 0, done.stderr
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    model.load_state_dict(torch.load(folder / "trained.pt"))
+    x = np.linspace(-2, 2, 32 * 6, dtype=np.float32).reshape(32, 6)
+    session = onnxruntime.InferenceSession(folder / "trained.onnx", providers=["CPUExecutionProvider"])
+    assert [value.name for value in session.get_inputs()] == ["x"]
+    (output,) = session.run(["output"], {"x": x})
+    np.testing.assert_allclose(output, model(torch.from_numpy(x)).detach().numpy(), rtol=1e-5, atol=1e-6)
+    named = load_file(folder / "trained.safetensors")
+    np.testing.assert_array_equal(named["0.weight"].reshape(-1), vector[:30])
+    save_file(named, folder / "named.safetensors")
+    again = edge_export(folder, "model", "tiny.bundle", "named.safetensors", "--out", "again.onnx")
+    assert again.returncode == 0, again.stderr
+    assert (folder / "again.onnx").read_bytes() == (folder / "trained.onnx").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("build", "tiny.py", "--key", "publisher.key", "--out", "x"), "is not MODULE:FUNCTION"),
+        (("build", "none.py:build", "--key", "publisher.key", "--out", "x"), "there is no file none.py"),
+        (("build", "none:build", "--key", "publisher.key", "--out", "x"), "there is no module none"),
+        (("build", "tiny.py:nothing", "--key", "publisher.key", "--out", "x"), "has no function nothing"),
+        (("build", "tiny.py:number", "--key", "publisher.key", "--out", "x"), "has no function number"),
+        (("build", "tiny.py:normalised", "--key", "publisher.key", "--out", "x"), "1 (BatchNorm1d): BatchNorm"),
+        (("build", "tiny.py:build", "--key", "tiny.py", "--out", "x"), "does not hold a publisher's key"),
+        (("build", "tiny.py:build", "--key", "none", "--out", "x"), "No such file or directory: none"),
+        (("build", "tiny.py:build", "--key", "publisher.key", "--out", "x", "--proximal"), "unit 'device' only"),
+        (("build", "tiny.py:build", "--key", "publisher.key", "--out", "x", "--backends", "tpu"), "no back end 'tpu'"),
+        (("check", "tiny.py"), "tiny.py is not a bundle"),
+        (("check", "tiny.bundle", "--publisher", "00" * 32), "edge-export: "),
+        (("model", "tiny.bundle", "tiny.py", "--out", "x.onnx"), "parameters are read from"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, tuple) else value[:20],
+)  # fmt: skip
+def test_what_cannot_be_done_is_said_in_one_line_and_writes_nothing(built, arguments, reason):
+    folder, _ = built
+    done = edge_export(folder, *arguments)
+    assert done.returncode == 1
+    assert reason in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(folder.glob("x*"))
+
+
+def test_wrong_usage_exits_with_2(built):
+    folder, _ = built
+    assert edge_export(folder, "build").returncode == 2
+    assert edge_export(folder).returncode == 2

@@ -1,0 +1,108 @@
+"""The wheel, installed outside the checkout in an environment of its own: what a device has, and nothing more."""
+
+import json
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from edge_sdk.bundle import Bundle  # noqa: E402
+from edge_sdk.crypto.identity import Identity  # noqa: E402
+from edge_sdk.training.examples import ArrayExamples  # noqa: E402
+from edge_sdk.training.onnx import OnnxTrainer  # noqa: E402
+from export.build import build  # noqa: E402
+from export.graph import TrainingSpec  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+PUBLISHER = Identity(bytes(range(32)))
+
+TRAIN = """
+import json, sys
+import numpy as np
+from edge_sdk.bundle import Bundle
+from edge_sdk.training.examples import ArrayExamples
+from edge_sdk.training.onnx import OnnxTrainer
+
+bundle = Bundle.read(sys.argv[1], bytes.fromhex(sys.argv[2]))
+data = np.load(sys.argv[3])
+result = OnnxTrainer(bundle).clipped_sum(ArrayExamples(data["x"], data["y"]), np.arange(len(data["y"])), clip=0.5)
+heavy = sorted({"torch", "onnx", "onnxscript", "executorch", "scipy", "pandas"} & set(sys.modules))
+print(json.dumps({"norm": float(np.linalg.norm(result.gradient)), "count": result.metrics.count, "heavy": heavy}))
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The python of a new environment with the wheel and a device's dependencies."""
+    folder = tmp_path_factory.mktemp("installed")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", folder, ROOT], check=True, cwd=folder)
+    (wheel,) = folder.glob("sordino-*.whl")
+    venv.create(folder / "venv", with_pip=True)
+    python = folder / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", wheel], check=True)
+    return python
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(folder with a bundle and data, the clipped sum that this environment gets)."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+    spec = TrainingSpec(model, "cross_entropy", [torch.zeros(8)], torch.zeros((), dtype=torch.long), name="small")
+    folder = tmp_path_factory.mktemp("trained")
+    built = build(spec, PUBLISHER, unit="example", batch=8)
+    (folder / "small.bundle").write_bytes(built.bundle)
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(19, 8)).astype(np.float32), generator.integers(0, 3, 19)
+    np.savez(folder / "data.npz", x=x, y=y)
+    trainer = OnnxTrainer(Bundle.read(built.bundle, PUBLISHER.public_key))
+    return folder, trainer.clipped_sum(ArrayExamples(x, y), np.arange(19), clip=0.5)
+
+
+def run(program, folder, *arguments):
+    return subprocess.run(
+        [program, *arguments], cwd=folder, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"}, check=False
+    )
+
+
+def test_a_device_trains_with_neither_torch_nor_onnx_installed(installed, trained):
+    folder, expected = trained
+    (folder / "train.py").write_text(TRAIN)
+    done = run(installed, folder, "train.py", "small.bundle", PUBLISHER.public_key.hex(), "data.npz")
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout)
+    assert got["heavy"] == []
+    assert got["count"] == 19
+    assert got["norm"] == pytest.approx(float(np.linalg.norm(expected.gradient)), rel=1e-6)
+    missing = run(installed, folder, "-c", "import torch")
+    assert "No module named 'torch'" in missing.stderr
+
+
+def test_the_installed_core_runs_a_round(installed, tmp_path):
+    script = (
+        "import os, numpy as np\n"
+        "from edge_sdk.crypto.sealing import encapsulate\n"
+        "from edge_sdk.protocol import reference\n"
+        "fleet = reference.make_fleet(os.urandom(32), 5)\n"
+        "ticket = reference.open_ticket(fleet, os.urandom(32), 50, n_max=5)\n"
+        "inputs = {i: np.arange(50) * i for i in range(5)}\n"
+        "done = reference.run_round(fleet, ticket, inputs, os.urandom(32), encapsulate)\n"
+        "print(bool((done.sums[0].values == np.arange(50) * 10).all()))\n"
+    )
+    done = run(installed, tmp_path, "-c", script)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_the_export_command_says_what_to_install(installed, tmp_path):
+    tool = installed.parent / "edge-export"
+    assert run(tool, tmp_path, "--help").returncode == 0
+    (tmp_path / "key").write_text("00" * 32)
+    done = run(tool, tmp_path, "build", "model.py:build", "--key", "key", "--out", "x.bundle")
+    assert done.returncode == 1
+    assert done.stderr == "edge-export: rich is not installed: pip install 'sordino[export]'\n"
