@@ -125,7 +125,7 @@ class PackedShamir:
             if not disagree:
                 return  # every subset gives this same polynomial
         for subset in self._subsets(numbers, answers):
-            # A few secrets settle it, unless a dealer lied in the others; and who disagrees costs more than all secrets.
+            # A few secrets settle it, unless a dealer lied in the others; who disagrees costs more than all secrets.
             if plausible(self._secrets(subset, answers, 8)) and plausible(secrets := self._secrets(subset, answers)):
                 disagree = self._disagreeing(subset, answers)
                 if disagree not in seen:
@@ -138,11 +138,8 @@ class PackedShamir:
             return
         stream = KeyStream(tagged_hash("subsets", *(answers[n].astype("<u2").tobytes() for n in numbers)))
         for _ in range(MAX_SUBSETS):
-            left = list(numbers)
-            for taken in range(self.threshold):  # the first steps of a Fisher-Yates shuffle
-                other = taken + int(uniform_residues(stream, len(left) - taken, 1)[0])
-                left[taken], left[other] = left[other], left[taken]
-            yield tuple(sorted(left[: self.threshold]))
+            order = np.argsort(stream.words64(len(numbers)), kind="stable")
+            yield tuple(sorted(numbers[i] for i in order[: self.threshold]))
 
     def _secrets(
         self, subset: Sequence[int], answers: Mapping[int, NDArray[np.int64]], polynomials: int | None = None

@@ -66,12 +66,12 @@ class Terms:
 
     bundle: bytes
     """Hash of the one bundle that is registered for the task."""
-    dimension: int | None = None
-    """Integers that this device's vector for the bundle has; None leaves it to the caller."""
     min_honest: int = 2
     min_noise_multiplier: float = 0.0
     """Smallest noise of a group's sum over the clip, both in weight units. Steps alone would bound nothing: the ticket
     also says how large a step is."""
+    dimension: int | None = None
+    """Integers that this device's vector for the bundle has; None leaves it to the caller."""
 
     def check(self, round_: Round) -> None:
         """Return if this device takes part on these terms, else raise PeerError."""
