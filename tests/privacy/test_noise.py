@@ -1,7 +1,8 @@
-"""The noise is the discrete Gaussian at any sigma, the same for the same stream, and exact where float64 cannot tell."""
+"""The noise is the discrete Gaussian at any sigma, the same for the same stream, exact where float64 cannot tell."""
 
 from decimal import Decimal, localcontext
 from hashlib import sha256
+from itertools import pairwise
 from math import erfc, exp, sqrt
 
 import numpy as np
@@ -104,7 +105,7 @@ def test_bin_times_place_times_coin_is_the_discrete_gaussian_to_100_bits(numerat
     chances: dict[int, Decimal] = {}
     with localcontext() as context:
         context.prec = 60
-        for place, (below, above) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        for place, (below, above) in enumerate(pairwise(edges)):
             j = place - sampler._bins.bound
             nearest = j * width if j >= 0 else -(j + 1) * width + 1
             for x in range(j * width, (j + 1) * width):
