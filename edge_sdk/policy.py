@@ -1,0 +1,130 @@
+"""What this device insists on, whatever a ticket says. Its owner writes it, in TOML; no coordinator changes it.
+
+A policy in full:
+
+    protects = "example"            # whose data the budgets are of: "example" or all of the "device"'s
+    min_honest = 10                 # devices that must carry the noise, besides the corrupt ones that are allowed for
+    min_noise_multiplier = 0.5      # noise of a sum over the clip
+    max_device_rate = 1.0           # take part at most this often
+    authorities = ["<public key in hex>"]
+    operators = ["<public key in hex>"]
+    publishers = ["<public key in hex>"]
+
+    [lifetime]
+    readers = {epsilon = 8.0, delta = 1e-6}
+    coordinator = {epsilon = 20.0, delta = 1e-6}
+
+    [tasks.keywords]                # only the tasks listed are taken part in
+    operators = ["<public key in hex>"]         # fewer than above, if given
+    [tasks.keywords.limits]
+    readers = {epsilon = 2.7, delta = 1e-6}
+    coordinator = {epsilon = 10.0, delta = 1e-6}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from edge_sdk.errors import ParameterError, PeerError
+from edge_sdk.privacy.ledger_entry import Limits
+from edge_sdk.privacy.mechanism import Mechanism, Unit
+from edge_sdk.protocol.contributor import Terms
+from edge_sdk.protocol.rounds import Round
+
+HexKey = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+TaskName = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9._-]*\Z")]
+
+
+class TaskPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What holds for one task in addition."""
+
+    limits: Limits | None = None
+    operators: tuple[HexKey, ...] | None = None
+    publishers: tuple[HexKey, ...] | None = None
+    min_honest: Annotated[int, Meta(ge=2)] = 2
+    min_noise_multiplier: Annotated[float, Meta(ge=0)] = 0.0
+
+
+class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """See the module's docstring. Nothing that is not listed is allowed."""
+
+    protects: Unit
+    lifetime: Limits
+    authorities: Annotated[tuple[HexKey, ...], Meta(min_length=1)]
+    operators: Annotated[tuple[HexKey, ...], Meta(min_length=1)]
+    publishers: Annotated[tuple[HexKey, ...], Meta(min_length=1)]
+    tasks: Mapping[TaskName, TaskPolicy]
+    min_honest: Annotated[int, Meta(ge=2)]
+    min_noise_multiplier: Annotated[float, Meta(gt=0)]
+    max_device_rate: Annotated[float, Meta(gt=0, le=1)] = 1.0
+
+    @classmethod
+    def from_toml(cls, text: str) -> Policy:
+        """Raises ParameterError that names the line or the field."""
+        try:
+            return msgspec.toml.decode(text, type=cls)
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise ParameterError(f"policy: {error}") from error
+
+    @property
+    def task_limits(self) -> dict[str, Limits]:
+        """The budgets of single tasks, for the ledger."""
+        return {name: task.limits for name, task in self.tasks.items() if task.limits is not None}
+
+    def terms(self, task: str, bundle: bytes) -> Terms:
+        """What the protocol checks of each ticket. Raises PeerError on a task that is not listed.
+
+        bundle: hash of the one registered for the task.
+        """
+        own = self._task(task)
+        return Terms(
+            bundle=bundle,
+            min_honest=max(self.min_honest, own.min_honest),
+            min_noise_multiplier=max(self.min_noise_multiplier, own.min_noise_multiplier),
+        )
+
+    def check_publisher(self, task: str, publisher: bytes) -> None:
+        """Return if a bundle that this key signed may run for this task, else raise PeerError."""
+        own = self._task(task)
+        _listed("publisher", publisher, self.publishers, own.publishers)
+
+    def check_round(self, round_: Round, mechanism: Mechanism, device_rate: float) -> None:
+        """Return if this device may take part as far as the policy goes beyond `terms`; budgets are the ledger's.
+
+        mechanism: the ticket's, with the task's metrics.  device_rate: how often this device would take part.
+        Raises PeerError that names what is not allowed.
+        """
+        ticket, frozen = round_.ticket, round_.epoch.frozen
+        own = self._task(ticket.task)
+        _listed("fleet authority", frozen.fleet, self.authorities, None)
+        _listed("operator", frozen.coordinator, self.operators, own.operators)
+        if self.protects == "device" and ticket.noise.unit == "example":
+            raise PeerError('ticket: unit "example" protects no whole device, and this policy does')
+        noise = ticket.noise
+        if (noise.unit, noise.clip, noise.granularity, noise.sigma, ticket.honest, ticket.dimension) != (
+            mechanism.unit, mechanism.clip, mechanism.granularity, mechanism.sigma, mechanism.honest, mechanism.length,
+        ):  # fmt: skip
+            raise ParameterError("the mechanism is not the ticket's")
+        floor = max(self.min_noise_multiplier, own.min_noise_multiplier)
+        if not mechanism.noise_multiplier >= floor:
+            raise PeerError(
+                f"ticket: noise of {mechanism.noise_multiplier:.3g} times what one unit adds is below this device's "
+                f"floor of {floor}"
+            )
+        if not 0 < device_rate <= self.max_device_rate:
+            raise PeerError(f"ticket: taking part at rate {device_rate} is more often than {self.max_device_rate}")
+
+    def _task(self, task: str) -> TaskPolicy:
+        own = self.tasks.get(task)
+        if own is None:
+            raise PeerError(f"ticket: task {task} is not among those that this device takes part in")
+        return own
+
+
+def _listed(role: str, key: bytes, allowed: tuple[str, ...], narrower: tuple[str, ...] | None) -> None:
+    if key.hex() not in allowed or (narrower is not None and key.hex() not in narrower):
+        raise PeerError(f"ticket: {role} {key.hex()[:16]} is not on this device's list")
