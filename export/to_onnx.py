@@ -8,7 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
 import torch
+from onnxscript.optimizer import fold_constants_ir
+from onnxscript.rewriter import RewritePass
+from onnxscript.rewriter.rules import common
 from torch import Tensor, fx
 
 OPSET = 20
@@ -33,7 +38,7 @@ def to_onnx(
                 program,
                 (),
                 dynamo=True,
-                optimize=True,
+                optimize=False,
                 verbose=False,
                 opset_version=OPSET,
                 input_names=list(input_names),
@@ -41,11 +46,65 @@ def to_onnx(
             )
         finally:
             logger.setLevel(level)
+    _optimise(converted.model)
     model: onnx.ModelProto = converted.model_proto
     _strip(model)
     _keep_inputs(model, example, input_names)
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString(deterministic=True)
+
+
+_RULES = (
+    common.add_0_rule,
+    common.cast_cast_rule,
+    common.collapse_slice_rule,
+    common.collapse_slice2_rule,
+    common.div_by_1_rule,
+    common.flatten_to_reshape_rule,
+    common.materialize_reshape_shape_rule,
+    common.mul_by_1_rule,
+    common.no_op_cast_rule,
+    common.no_op_expand_rule,
+    common.no_op_transpose_rule,
+    common.one_reshape_matmul_reshape_rule,
+    common.reshape_reshape_rule,
+    common.squeeze_reshape_1d_rule,
+    common.sub_0_rule,
+    common.transpose_transpose_rule,
+    common.two_reshapes_matmul_reshape_rule,
+    common.unsqueeze_unsqueeze_rule,
+)
+"""Of onnxscript's rules those that apply to training graphs. Its rule that joins slices into a Split compares all pairs
+of nodes: for MobileNet it took 80 of 90 s."""
+
+
+def _optimise(model: ir.Model) -> None:
+    """What `torch.onnx.export(optimize=True)` does, with _RULES only. In place."""
+    ir.passes.Sequential(
+        passes.InlinePass(),
+        ir.passes.PassManager(
+            [
+                _Fold(),
+                RewritePass(_RULES),
+                passes.RemoveUnusedNodesPass(),
+                passes.RemoveUnusedFunctionsPass(),
+                passes.RemoveUnusedOpsetsPass(),
+            ],
+            steps=2,
+            early_stop=True,
+        ),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    )(model)
+
+
+class _Fold(ir.passes.InPlacePass):
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        folded = fold_constants_ir(model)
+        return ir.passes.PassResult(model, bool(folded.modified))
 
 
 def _strip(model: onnx.ModelProto) -> None:
