@@ -101,15 +101,19 @@ class PackedShamir:
         return np.concatenate([random, _apply(self._extend, np.concatenate([packed, random]))])
 
     def candidates(
-        self, answers: Mapping[int, NDArray[np.int64]], plausible: Callable[[NDArray[np.int64]], bool]
+        self,
+        answers: Mapping[int, NDArray[np.int64]],
+        plausible: Callable[[NDArray[np.int64]], bool],
+        seed: bytes = b"",
     ) -> Iterator[tuple[NDArray[np.int64], frozenset[int]]]:
         """Secrets that `answers` may stand for, best first, each with the members that it disagrees with.
 
         answers: member number (1..members) -> its shares, all of one length; at least `threshold` of them.
         plausible: a cheap test of any number of secrets; a subset whose secrets fail it is skipped.
+        seed: something that no member knew when it answered.
         The first candidate is the only codeword within (answers - threshold) // 2 wrong members, if there is one.
         Then come those of subsets of `threshold` answers: all of them if they are at most MAX_SUBSETS, else so many
-        drawn by a hash of the answers, which a liar cannot foresee. Secrets are int64, centred in [-32760, 32760].
+        drawn by the seed and the answers, which a liar cannot foresee. Secrets are int64, centred in [-32760, 32760].
         That a member disagrees proves nothing against it: a dealer's bad shares look the same.
         """
         numbers = sorted(answers)
@@ -124,7 +128,7 @@ class PackedShamir:
             yield self._secrets(subset, answers), disagree
             if not disagree:
                 return  # every subset gives this same polynomial
-        for subset in self._subsets(numbers, answers):
+        for subset in self._subsets(numbers, answers, seed):
             # A few secrets settle it, unless a dealer lied in the others; who disagrees costs more than all secrets.
             if plausible(self._secrets(subset, answers, 8)) and plausible(secrets := self._secrets(subset, answers)):
                 disagree = self._disagreeing(subset, answers)
@@ -132,11 +136,13 @@ class PackedShamir:
                     seen.add(disagree)
                     yield secrets, disagree
 
-    def _subsets(self, numbers: list[int], answers: Mapping[int, NDArray[np.int64]]) -> Iterator[tuple[int, ...]]:
+    def _subsets(
+        self, numbers: list[int], answers: Mapping[int, NDArray[np.int64]], seed: bytes = b""
+    ) -> Iterator[tuple[int, ...]]:
         if comb(len(numbers), self.threshold) <= MAX_SUBSETS:
             yield from combinations(numbers, self.threshold)
             return
-        stream = KeyStream(tagged_hash("subsets", *(answers[n].astype("<u2").tobytes() for n in numbers)))
+        stream = KeyStream(tagged_hash("subsets", seed, *(answers[n].astype("<u2").tobytes() for n in numbers)))
         for _ in range(MAX_SUBSETS):
             order = np.argsort(stream.words64(len(numbers)), kind="stable")
             yield tuple(sorted(numbers[i] for i in order[: self.threshold]))

@@ -297,6 +297,8 @@ def open_round(
     final: no further answer will come (all members answered, or the ticket expired). Before that, a group that fails
     leaves the state as it is: another answer may repair it. Afterwards it ends with its reason, and the others stand.
     """
+    # Deterministic, so that a restart searches the same way, and unknown to every member.
+    seed = coordinator.sign("subsets", state.digest)
     opened: dict[int, GroupSum] = {}
     reasons: dict[int, str] = {}
     for group, senders in enumerate(state.groups):
@@ -304,7 +306,7 @@ def open_round(
             reasons[group] = "too few contributors: left out"
             continue
         try:
-            opened[group] = open_group(state.round, len(senders), sums[group], state.answers_of(group))
+            opened[group] = open_group(state.round, len(senders), sums[group], state.answers_of(group), seed)
         except RoundAborted as error:
             if not final:
                 return state

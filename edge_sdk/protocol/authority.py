@@ -82,6 +82,7 @@ def freeze(
     corrupt_devices: int,
     committee: CommitteeKind,
     committee_size: int | None = None,
+    expires_s: int,
     helpers: Sequence[bytes] = (),
     number: int = 1,
     previous: bytes = FIRST,
@@ -90,6 +91,7 @@ def freeze(
 
     corrupt_devices: how many of the roster may collude with the coordinator, at least 1.
     committee_size: members to draw; for 'everyone' and 'helpers' it follows.  number, previous: the epoch chain.
+    expires_s: Unix seconds; no ticket of the epoch lives longer, so freeze the next one before.
     Raises ParameterError if the numbers leave no safe committee.
     """
     if (committee == "helpers") != bool(helpers):
@@ -119,6 +121,7 @@ def freeze(
             committee=committee,
             committee_size=size,
             helpers=sorted(helpers),
+            expires_s=expires_s,
         ),
     )
 

@@ -135,7 +135,8 @@ class Training:
     ) -> Sent:
         """Mask `integers` (dimension,), share the mask's secret with the committee, sign.
 
-        entropy: 32 fresh secret bytes, from which everything of this contribution is derived; the caller forgets them.
+        entropy: 32 fresh secret bytes; the caller forgets them. Everything secret is derived from them together with
+        the ticket, the device and the message, so that even repeated entropy masks no two messages alike.
         encapsulate: `sealing.encapsulate`, which draws its own coins.
         Raises ParameterError on a wrong shape, type or length, RoundAborted if the round closed while training.
         """
@@ -145,13 +146,14 @@ class Training:
         if now_s >= ticket.closes_s:
             raise RoundAborted(f"round {ticket.round} of {ticket.task} closed while this device trained")
         message = self.round.layout.encode(integers)
-        secret = masks.expand_secret(entropy, tid)
-        masks.add_mask(message, secret, entropy, tid)
+        seed = contribution_seed(entropy, tid, device.identity.public_key, message)
+        secret = masks.expand_secret(seed, tid)
+        masks.add_mask(message, secret, seed, tid)
         masked = message.astype("<u4", copy=False).tobytes()
         masked_hash = content_hash(masked)
-        values = self.round.thresholds.sharing.share(secret, KeyStream(derive_key(entropy, "sharing", tid)))
+        values = self.round.thresholds.sharing.share(secret, KeyStream(derive_key(seed, "sharing", tid)))
         rows = values.astype("<u2")
-        sealer = Sealer(derive_key(entropy, "sealing key", tid), encapsulate)
+        sealer = Sealer(derive_key(seed, "sealing key", tid), encapsulate)
         shares = [
             sealer.seal(
                 prekey_public(offer),
@@ -197,6 +199,16 @@ class Sent:
     def give_up(self) -> Idle:
         """Stop trying to deliver, for example after the round closed."""
         return Idle(self.round.ticket.task, self.round.ticket.round, self.round.tid)
+
+
+def contribution_seed(entropy: bytes, tid: bytes, sender: bytes, message: NDArray[np.uint32]) -> bytes:
+    """32 secret bytes for one message of one sender in one round (section 9.1).
+
+    message: the scaled message, uint32 (blocks, 2048), not yet masked.  A cloned image whose generator repeats itself,
+    or a caller that stored its entropy, would otherwise send two messages under one mask: their difference would show.
+    """
+    content = content_hash(message.astype("<u4", copy=False).reshape(-1).data)
+    return derive_key(entropy, "contribution", tid, sender, content)
 
 
 State = Idle | Training | Sent

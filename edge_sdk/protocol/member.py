@@ -98,6 +98,8 @@ class MemberState:
 
     next_serial: int = 0
     prekeys: Mapping[int, bytes] = field(default_factory=dict, repr=False)
+    expiry: Mapping[int, int] = field(default_factory=dict)
+    """serial -> Unix seconds from which its prekey is erased."""
     bound: Mapping[int, bytes] = field(default_factory=dict)
     """serial -> tid: a prekey serves the first ticket that named it and no other."""
     newest: Mapping[str, tuple[int, bytes]] = field(default_factory=dict)
@@ -109,14 +111,24 @@ class MemberState:
         return len(self.prekeys) - len(self.bound)
 
 
-def offer_prekey(state: MemberState, identity: Identity, fleet: bytes, seed: bytes) -> tuple[MemberState, Signed]:
-    """A fresh prekey, signed for publication. seed: 96 fresh secret bytes, used for this prekey alone."""
+def offer_prekey(
+    state: MemberState, identity: Identity, fleet: bytes, seed: bytes, expires_s: int
+) -> tuple[MemberState, Signed]:
+    """A fresh prekey, signed for publication.
+
+    seed: 96 fresh secret bytes, used for this prekey alone.  expires_s: Unix seconds; `expire` erases it then.
+    """
     if len(seed) != PREKEY_SEED_BYTES:
         raise ParameterError(f"a prekey's seed has {PREKEY_SEED_BYTES} bytes, not {len(seed)}")
     public = Prekey(seed).public
     serial = state.next_serial
-    offer = PrekeyOffer(fleet, identity.public_key, serial, public.x25519, public.mlkem)
-    stored = replace(state, next_serial=serial + 1, prekeys={**state.prekeys, serial: seed})
+    offer = PrekeyOffer(fleet, identity.public_key, serial, public.x25519, public.mlkem, expires_s)
+    stored = replace(
+        state,
+        next_serial=serial + 1,
+        prekeys={**state.prekeys, serial: seed},
+        expiry={**state.expiry, serial: expires_s},
+    )
     return stored, sign(identity, offer)
 
 
@@ -144,7 +156,7 @@ def step(
 
 
 def expire(state: MemberState, now_s: float) -> MemberState:
-    """Forget every session whose ticket has expired, and erase its prekey.
+    """Forget every session whose ticket has expired, and erase its prekey; erase offers that nobody used in time.
 
     What must never be done twice stays impossible: the ticket's round is not newer than `newest`, its prekey is gone.
     """
@@ -153,6 +165,9 @@ def expire(state: MemberState, now_s: float) -> MemberState:
             if isinstance(session, Inspecting | Committed):
                 state = _erase(state, session.serial)
             state = replace(state, sessions={t: s for t, s in state.sessions.items() if t != tid})
+    for serial, expires_s in tuple(state.expiry.items()):
+        if now_s >= expires_s:  # of no ticket, for a ticket ends before the prekeys that it names
+            state = _erase(state, serial)
     return state
 
 
@@ -347,5 +362,6 @@ def _erase(state: MemberState, serial: int) -> MemberState:
     return replace(
         state,
         prekeys={s: seed for s, seed in state.prekeys.items() if s != serial},
+        expiry={s: when for s, when in state.expiry.items() if s != serial},
         bound={s: tid for s, tid in state.bound.items() if s != serial},
     )

@@ -67,6 +67,8 @@ class Frozen(Message, frozen=True):
     committee: CommitteeKind
     committee_size: Annotated[int, Meta(ge=1, le=MAX_MEMBERS)]
     helpers: Annotated[list[Key], Meta(max_length=MAX_MEMBERS)]
+    expires_s: Seconds
+    """No ticket of this epoch lives longer: who is revoked in the next one is out by then, whoever holds it back."""
 
 
 class Grouping(Message, frozen=True):
@@ -100,6 +102,8 @@ class PrekeyOffer(Message, frozen=True):
     serial: Counter
     x25519: Annotated[bytes, Meta(min_length=X25519_BYTES, max_length=X25519_BYTES)]
     mlkem: Annotated[bytes, Meta(min_length=MLKEM_PUBLIC_BYTES, max_length=MLKEM_PUBLIC_BYTES)]
+    expires_s: Seconds
+    """The member erases the secret at this time, used or not. No ticket that names the offer expires later."""
 
 
 class NoisePlan(Message, frozen=True):

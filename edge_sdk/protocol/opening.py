@@ -38,12 +38,16 @@ class GroupSum:
 
 
 def open_group(
-    round_: Round, contributors: int, masked_sum: NDArray[np.uint32], answers: Mapping[int, NDArray[np.int64]]
+    round_: Round,
+    contributors: int,
+    masked_sum: NDArray[np.uint32],
+    answers: Mapping[int, NDArray[np.int64]],
+    seed: bytes = b"",
 ) -> GroupSum:
     """The group's sum, from R or more members' summed shares.
 
     contributors: |S_g|.  masked_sum: uint32 (blocks, 2048), the sum modulo 2^32 of the group's masked vectors; kept.
-    answers: member number -> int64 (polynomials,) in [0, 65521).
+    answers: member number -> int64 (polynomials,) in [0, 65521).  seed: as in `PackedShamir.candidates`.
     Raises RoundAborted with the reason if no candidate passes every check; then no value of the sum is given.
     """
     thresholds = round_.thresholds
@@ -58,7 +62,7 @@ def open_group(
         return _within(int(np.abs(secrets).max()), contributors)
 
     reasons = []
-    for secret_sum, disagreeing in thresholds.sharing.candidates(answers, small):
+    for secret_sum, disagreeing in thresholds.sharing.candidates(answers, small, seed):
         if not small(secret_sum):
             reasons.append("the summed secret is not short")
             continue

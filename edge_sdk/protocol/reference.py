@@ -30,6 +30,9 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.protocol.rounds import Round, sign_ticket
 
+EXPIRES_S = 1_000_000
+"""When epochs and prekeys end in this walk-through, whose clock starts at 0."""
+
 Observer = Callable[[str, str, object], None]
 """(party, what it did or saw, the thing) for whoever wants to watch."""
 
@@ -81,6 +84,7 @@ def make_fleet(
         committee=committee,
         committee_size=drawn,
         helpers=[box.public_key for box in boxes],
+        expires_s=EXPIRES_S,
     )
     signed = authority.draw(fleet_authority, frozen, roster, seed("beacon"), groups)
     epoch = authority.FleetEpoch(fleet_authority.public_key, signed)
@@ -107,7 +111,9 @@ def open_ticket(
     for i, identity in enumerate(fleet.committee):
         label = (i.to_bytes(4, "little"), task.encode(), number.to_bytes(8, "little"))
         seed = derive_key(entropy, "prekey", *label, length=PREKEY_SEED_BYTES)
-        fleet.members[i], offer = member.offer_prekey(fleet.members[i], identity, fleet.epoch.frozen.fleet, seed)
+        fleet.members[i], offer = member.offer_prekey(
+            fleet.members[i], identity, fleet.epoch.frozen.fleet, seed, EXPIRES_S
+        )
         offers.append(offer)
     ticket = Ticket(
         version=1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 from edge_sdk.crypto.hashing import tagged_hash
@@ -39,6 +38,8 @@ class Round:
             raise PeerError(f"ticket: n_max {ticket.n_max} is more than the roster's {epoch.frozen.roster_size}")
         if not ticket.closes_s < ticket.expires_s:
             raise PeerError("ticket: it expires before it closes")
+        if ticket.expires_s > epoch.frozen.expires_s:
+            raise PeerError("ticket: it would outlive its epoch")
         self.epoch = epoch
         self.signed = signed
         self.ticket = ticket
@@ -48,7 +49,7 @@ class Round:
             raise PeerError(
                 f"ticket: {ticket.groups} groups of at least {self.min_group} do not fit in n_max {ticket.n_max}"
             )
-        self.prekeys = _check_prekeys(epoch, ticket.prekeys)
+        self.prekeys = _check_prekeys(epoch, ticket)
         self.layout = Layout(ticket.dimension, delta_bits(ticket.n_max))
         self.share_bytes = 2 * self.thresholds.polynomials + OVERHEAD_BYTES
 
@@ -104,7 +105,8 @@ class Round:
                 raise PeerError(f"seal: group {group} has {len(entries)} contributors, {self.min_group} needed")
 
 
-def _check_prekeys(epoch: FleetEpoch, offers: Sequence[Signed]) -> tuple[PrekeyOffer, ...]:
+def _check_prekeys(epoch: FleetEpoch, ticket: Ticket) -> tuple[PrekeyOffer, ...]:
+    offers = ticket.prekeys
     if len(offers) != len(epoch.members):
         raise PeerError(f"ticket: {len(offers)} prekeys for a committee of {len(epoch.members)}")
     checked = []
@@ -112,6 +114,8 @@ def _check_prekeys(epoch: FleetEpoch, offers: Sequence[Signed]) -> tuple[PrekeyO
         offer = verify(PrekeyOffer, member.key, signed)
         if (offer.fleet, offer.member) != (epoch.frozen.fleet, member.key):
             raise PeerError(f"ticket: the prekey of member {number} is for another fleet or member")
+        if ticket.expires_s > offer.expires_s:
+            raise PeerError(f"ticket: it would outlive the prekey of member {number}")
         try:
             check_prekey(prekey_public(offer))
         except PeerError as error:

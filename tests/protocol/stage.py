@@ -23,7 +23,7 @@ from edge_sdk.crypto.stream import KeyStream
 from edge_sdk.errors import PeerError
 from edge_sdk.protocol import aggregator, member, reference
 from edge_sdk.protocol.aggregator import Certified, Collecting, Done, Sealed
-from edge_sdk.protocol.contributor import Contribution, Enrolled, Idle, Sent, Terms
+from edge_sdk.protocol.contributor import Contribution, Enrolled, Idle, Sent, Terms, contribution_seed
 from edge_sdk.protocol.member import MemberState
 from edge_sdk.protocol.messages import (
     Certificate,
@@ -48,6 +48,7 @@ from edge_sdk.protocol.reference import Fleet
 from edge_sdk.protocol.rounds import Round, prekey_public, seal_hash, share_context
 
 CLOSES_S, EXPIRES_S = 1_000, 2_000
+LATE_S = 1_000_000  # prekeys and epochs outlive every ticket here
 """The times in every ticket of `reference.open_ticket`."""
 
 ENTROPY = bytes(range(32))
@@ -110,6 +111,7 @@ def forge(
     tid, number_of_members = round_.tid, round_.thresholds.members
     own = entropy or seed("device", index, tid)
     blocks = round_.layout.encode(integers_of(index, round_.ticket.dimension)) if message is None else message.copy()
+    own = contribution_seed(own, tid, device.identity.public_key, blocks)
     short = masks.expand_secret(own, tid)
     masks.add_mask(blocks, short if secret is None else secret, own, tid)
     vector = masked(blocks).astype("<u4").tobytes()
@@ -353,7 +355,9 @@ def following(stage: Stage, *numbers: int, **changes: object) -> Stage:
     for n in numbers or stage.members:
         fresh = derive_key(ENTROPY, "next prekey", stage.round.tid, n.to_bytes(4, "little"), length=PREKEY_SEED_BYTES)
         fleet_key = stage.fleet.epoch.frozen.fleet
-        states[n], offers[n - 1] = member.offer_prekey(states[n], stage.fleet.committee[n - 1], fleet_key, fresh)
+        states[n], offers[n - 1] = member.offer_prekey(
+            states[n], stage.fleet.committee[n - 1], fleet_key, fresh, LATE_S
+        )
     fields = {"round": stage.round.ticket.round + 1, "previous": stage.round.tid, "prekeys": offers} | changes
     round_ = Round(stage.round.epoch, ticket_like(stage, **fields))
     return Stage(stage.fleet, round_, states, Collecting(round_), mail={n: [] for n in states})

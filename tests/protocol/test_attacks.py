@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from stage import (
     CLOSES_S,
     EXPIRES_S,
+    LATE_S,
     Stage,
     device_at,
     digest_of,
@@ -388,10 +389,10 @@ def test_an_invented_prekey_serial_is_refused():
     seed96 = derive_key(seed("other"), "prekey", length=PREKEY_SEED_BYTES)
     fleet_key, identity = stage.fleet.epoch.frozen.fleet, stage.fleet.committee[0]
     before = member.MemberState()
-    _, same_serial = member.offer_prekey(before, identity, fleet_key, seed96)
+    _, same_serial = member.offer_prekey(before, identity, fleet_key, seed96, LATE_S)
     prekeys = [same_serial, *stage.round.ticket.prekeys[1:]]
     stage.refuses(1, wrap(Ticket, ticket_like(stage, prekeys=prekeys)), "its state was rolled back")
-    _, unknown = member.offer_prekey(member.MemberState(next_serial=77), identity, fleet_key, seed96)
+    _, unknown = member.offer_prekey(member.MemberState(next_serial=77), identity, fleet_key, seed96, LATE_S)
     prekeys = [unknown, *stage.round.ticket.prekeys[1:]]
     stage.refuses(1, wrap(Ticket, ticket_like(stage, prekeys=prekeys)), "never offered")
 
@@ -503,7 +504,7 @@ def test_a_ticket_for_a_committee_of_the_coordinators_choice_is_refused(lie):
     fleet_key, seed96 = stage.fleet.epoch.frozen.fleet, derive_key(seed("x"), "prekey", length=PREKEY_SEED_BYTES)
     match = "prekeyoffer: the signature is not valid"
     if lie == "own key":
-        _, prekeys[0] = member.offer_prekey(member.MemberState(), stage.fleet.coordinator, fleet_key, seed96)
+        _, prekeys[0] = member.offer_prekey(member.MemberState(), stage.fleet.coordinator, fleet_key, seed96, LATE_S)
     elif lie == "two swapped":
         prekeys[0], prekeys[1] = prekeys[1], prekeys[0]
     elif lie == "one left out":
@@ -511,7 +512,9 @@ def test_a_ticket_for_a_committee_of_the_coordinators_choice_is_refused(lie):
     elif lie == "one twice":
         prekeys[1] = prekeys[0]
     else:
-        _, prekeys[0] = member.offer_prekey(member.MemberState(), stage.fleet.committee[0], seed("fleet"), seed96)
+        _, prekeys[0] = member.offer_prekey(
+            member.MemberState(), stage.fleet.committee[0], seed("fleet"), seed96, LATE_S
+        )
         match = "for another fleet or member"
     forged = wrap(Ticket, ticket_like(stage, prekeys=prekeys))
     with pytest.raises(PeerError, match=match):
@@ -759,7 +762,9 @@ def test_a_low_order_point_as_the_senders_key_makes_a_share_that_members_complai
 def test_a_low_order_point_as_a_prekey_is_refused_by_the_device(point):
     stage = staged(6, senders=())
     offer = decode(PrekeyOffer, stage.round.ticket.prekeys[0].body)
-    bad = sign(stage.fleet.committee[0], PrekeyOffer(offer.fleet, offer.member, offer.serial, point, offer.mlkem))
+    bad = sign(
+        stage.fleet.committee[0], PrekeyOffer(offer.fleet, offer.member, offer.serial, point, offer.mlkem, LATE_S)
+    )
     with pytest.raises(PeerError, match="X25519"):
         send(stage.fleet, Round(stage.fleet.epoch, ticket_like(stage, prekeys=_with_first(stage, bad))), 0)
 
@@ -769,7 +774,8 @@ def test_an_invalid_lattice_prekey_is_refused_by_the_device():
     stage = staged(6, senders=())
     offer = decode(PrekeyOffer, stage.round.ticket.prekeys[0].body)
     bad = sign(
-        stage.fleet.committee[0], PrekeyOffer(offer.fleet, offer.member, offer.serial, offer.x25519, b"\xff" * 1184)
+        stage.fleet.committee[0],
+        PrekeyOffer(offer.fleet, offer.member, offer.serial, offer.x25519, b"\xff" * 1184, LATE_S),
     )
     with pytest.raises(PeerError, match="ML-KEM"):
         send(stage.fleet, Round(stage.fleet.epoch, ticket_like(stage, prekeys=_with_first(stage, bad))), 0)
@@ -1241,7 +1247,7 @@ def test_a_member_rolled_back_to_before_a_prekey_does_not_reuse_its_serial_unnot
     old = member.MemberState()
     fleet_key = stage.fleet.epoch.frozen.fleet
     after, _ = member.offer_prekey(
-        old, stage.fleet.committee[0], fleet_key, derive_key(seed("new"), "prekey", length=PREKEY_SEED_BYTES)
+        old, stage.fleet.committee[0], fleet_key, derive_key(seed("new"), "prekey", length=PREKEY_SEED_BYTES), LATE_S
     )
     stage.states[1] = after  # offers serial 0 again, with another seed; the ticket names the lost one
     stage.refuses(1, wrap(Ticket, stage.round.signed), "its state was rolled back")

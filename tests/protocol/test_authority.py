@@ -34,7 +34,8 @@ def roster_of(count: int) -> Roster:
 
 
 def frozen_of(count: int, committee: str = "everyone", **changes: object) -> Signed:
-    arguments = {"coordinator": COORDINATOR.public_key, "corrupt_devices": 1, "committee": committee} | changes
+    arguments = {"coordinator": COORDINATOR.public_key, "corrupt_devices": 1, "committee": committee}
+    arguments |= {"expires_s": 1_000_000} | changes
     return freeze(AUTHORITY, roster_of(count), **arguments)
 
 

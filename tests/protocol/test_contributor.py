@@ -29,7 +29,7 @@ from edge_sdk.crypto.hashing import content_hash, derive_key
 from edge_sdk.crypto.sealing import Prekey, encapsulate
 from edge_sdk.errors import ParameterError, PeerError, RoundAborted
 from edge_sdk.protocol.authority import FIRST
-from edge_sdk.protocol.contributor import Idle, Sent, State, Terms, Training, step
+from edge_sdk.protocol.contributor import Idle, Sent, State, Terms, Training, contribution_seed, step
 from edge_sdk.protocol.messages import (
     Abort,
     Certificate,
@@ -229,11 +229,30 @@ def header_bytes(sent: Sent) -> bytes:
     return sent.contribution.header.body + sent.contribution.header.signature
 
 
+def own_seed(entropy: bytes) -> bytes:
+    """What `contribute(entropy)` derives everything from."""
+    message = STAGE.round.layout.encode(integers_of(3, 5))
+    return contribution_seed(entropy, STAGE.round.tid, device_at(STAGE.fleet, 3).identity.public_key, message)
+
+
+def test_the_same_entropy_masks_no_two_messages_alike():
+    """A cloned image with a bad generator, or entropy that a caller kept: c1 - c2 must not be Delta (x1 - x2)."""
+    first, again = contribute(seed("e")), contribute(seed("e"))
+    assert first.contribution.masked == again.contribution.masked
+    other = send(STAGE.fleet, STAGE.round, 3, integers_of(3, 5) + np.eye(1, 5, 2, dtype=np.int64)[0], seed("e"))
+    clone = send(STAGE.fleet, STAGE.round, 4, integers_of(3, 5), seed("e"))
+    one = STAGE.round.layout.from_bytes(first.contribution.masked)
+    for two in (other, clone):
+        difference = one - STAGE.round.layout.from_bytes(two.contribution.masked)
+        scaled = (difference & np.uint32((1 << STAGE.round.layout.delta_bits) - 1)) == 0
+        assert scaled.mean() < 0.1
+
+
 def test_one_unmasks_to_its_own_input_with_its_own_secret():
     """A known answer from the inside: c - a s = Delta x + e with small e."""
     sent = contribute(seed("e"))
     vector = STAGE.round.layout.from_bytes(sent.contribution.masked).copy()
-    masks.remove_mask(vector, masks.expand_secret(seed("e"), STAGE.round.tid), STAGE.round.tid)
+    masks.remove_mask(vector, masks.expand_secret(own_seed(seed("e")), STAGE.round.tid), STAGE.round.tid)
     bits = STAGE.round.layout.delta_bits
     half = np.uint32(1 << bits - 1)
     flat = ((vector + half) >> np.uint32(bits)).reshape(-1)
@@ -256,7 +275,7 @@ def test_every_member_finds_its_own_share_and_no_other_in_what_it_is_sent():
             with pytest.raises(PeerError):
                 Prekey(STAGE.states[other].prekeys[0]).open(header.sealing_key, share.sealed, *context)
     secret, disagreeing = next(sharing.candidates(rows, lambda _: True))
-    np.testing.assert_array_equal(secret, masks.expand_secret(seed("e"), STAGE.round.tid))
+    np.testing.assert_array_equal(secret, masks.expand_secret(own_seed(seed("e")), STAGE.round.tid))
     assert disagreeing == frozenset()
 
 
@@ -303,7 +322,7 @@ def test_no_secret_is_in_the_repr_of_any_state_or_in_any_error():
     own = seed("a secret entropy")
     device = device_at(STAGE.fleet, 3)
     sent = contribute(own)
-    secret = masks.expand_secret(own, STAGE.round.tid)
+    secret = masks.expand_secret(own_seed(own), STAGE.round.tid)
     identity_seed = next(
         derive_key(seed("fleet", 6, "everyone", 0), "device", i.to_bytes(4, "little"))
         for i, identity in enumerate(STAGE.fleet.devices)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from stage import (
     CLOSES_S,
     EXPIRES_S,
+    LATE_S,
     Stage,
     contents_of,
     following,
@@ -390,7 +391,7 @@ def test_expire_leaves_other_rounds_and_unused_prekeys_alone():
     later = following(stage, task="another", round=0, closes_s=5_000, expires_s=6_000)
     later.tell(1, wrap(Ticket, later.round.signed))
     fresh = derive_key(seed("spare"), "prekey", length=PREKEY_SEED_BYTES)
-    state, _ = member.offer_prekey(later.states[1], later.fleet.committee[0], seed("fleet"), fresh)
+    state, _ = member.offer_prekey(later.states[1], later.fleet.committee[0], seed("fleet"), fresh, LATE_S)
     after = expire(state, EXPIRES_S)
     assert set(after.sessions) == {later.round.tid}
     assert set(after.prekeys) == {1, 2}
@@ -404,7 +405,7 @@ def test_prekeys_have_serials_that_only_go_up_and_are_never_given_twice():
     state, identity, serials = MemberState(), BASE.fleet.committee[0], []
     for i in range(3):
         fresh = derive_key(seed("prekey", i), "prekey", length=PREKEY_SEED_BYTES)
-        state, signed = member.offer_prekey(state, identity, seed("fleet"), fresh)
+        state, signed = member.offer_prekey(state, identity, seed("fleet"), fresh, LATE_S)
         offer = decode(PrekeyOffer, signed.body)
         assert (offer.fleet, offer.member) == (seed("fleet"), identity.public_key)
         serials.append(offer.serial)
@@ -417,14 +418,18 @@ def test_a_spent_prekey_does_not_free_its_serial():
     assert released.next_serial == 1
     assert released.spare_prekeys == 0
     _, signed = member.offer_prekey(
-        released, BASE.fleet.committee[0], seed("fleet"), derive_key(seed("p"), "prekey", length=PREKEY_SEED_BYTES)
+        released,
+        BASE.fleet.committee[0],
+        seed("fleet"),
+        derive_key(seed("p"), "prekey", length=PREKEY_SEED_BYTES),
+        LATE_S,
     )
     assert decode(PrekeyOffer, signed.body).serial == 1
 
 
 def test_a_prekey_seed_of_another_length_is_the_callers_fault():
     with pytest.raises(ParameterError, match="a prekey's seed has 96 bytes, not 32"):
-        member.offer_prekey(MemberState(), BASE.fleet.committee[0], seed("fleet"), bytes(32))
+        member.offer_prekey(MemberState(), BASE.fleet.committee[0], seed("fleet"), bytes(32), LATE_S)
 
 
 def test_a_release_leaves_neither_prekey_nor_share_behind():
@@ -520,3 +525,21 @@ def test_a_member_that_did_not_sign_the_certified_set_does_not_answer_for_it():
     stage = at("Inspecting")
     stage.tell(1, wrap(Seal, stage.seal_of(range(5))))
     stage.refuses(1, CERTIFICATE, "over another set than the one that this member signed")
+
+
+def test_an_offer_that_nobody_used_is_erased_when_it_expires():
+    """Else a coordinator could keep a round's contributions back until it can read the members' disks."""
+    fresh = derive_key(seed("unused"), "prekey", length=PREKEY_SEED_BYTES)
+    state, _ = member.offer_prekey(MemberState(), BASE.fleet.committee[0], seed("fleet"), fresh, 500)
+    assert member.expire(state, 499).prekeys == {0: fresh}
+    after = member.expire(state, 500)
+    assert (after.prekeys, after.expiry, after.next_serial) == ({}, {}, 1)
+
+
+def test_a_ticket_lives_no_longer_than_its_epoch_and_its_prekeys():
+    assert Round(BASE.round.epoch, ticket_like(BASE, expires_s=LATE_S)).ticket.expires_s == LATE_S
+    BASE.refuses(1, wrap(Ticket, ticket_like(BASE, expires_s=LATE_S + 1)), "ticket: it would outlive its epoch")
+    fresh = derive_key(seed("short"), "prekey", length=PREKEY_SEED_BYTES)
+    _, offer = member.offer_prekey(MemberState(), BASE.fleet.committee[0], BASE.round.epoch.frozen.fleet, fresh, 1_999)
+    ticket = ticket_like(BASE, prekeys=[offer, *BASE.round.ticket.prekeys[1:]])
+    BASE.refuses(1, wrap(Ticket, ticket), "ticket: it would outlive the prekey of member 1")

@@ -94,7 +94,9 @@ def unusable(kind: str) -> Signed:
     """Member 1's offer, signed by it, that no device can seal a share to."""
     offer = decode(PrekeyOffer, ROUND.ticket.prekeys[0].body)
     x25519, mlkem = (bytes(32), offer.mlkem) if kind == "low order" else (offer.x25519, b"\xff" * len(offer.mlkem))
-    return sign(STAGE.fleet.committee[0], PrekeyOffer(offer.fleet, offer.member, offer.serial, x25519, mlkem))
+    return sign(
+        STAGE.fleet.committee[0], PrekeyOffer(offer.fleet, offer.member, offer.serial, x25519, mlkem, offer.expires_s)
+    )
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ from edge_sdk.protocol.rounds import Round, prekey_public, share_context
 
 Json = dict[str, Any]
 INLINE_BYTES = 2048
+LATE_S = 1_000_000  # prekeys and epochs outlive every ticket here
 """Replies up to this size are written out; larger ones by hash: what they are made of is in the file."""
 
 
@@ -642,8 +643,9 @@ def messages_vectors() -> Json:
     author = Identity(fixed("author"))
     key, other = author.public_key, Identity(fixed("author", 1)).public_key
     tid, digest = fixed("tid"), fixed("digest")
-    frozen = Frozen(1, key, 3, fixed("previous"), other, fixed("root"), 1000, 50, "helpers", 3, sorted([key, other]))
-    offer = PrekeyOffer(key, other, 2**53 - 1, fixed("x25519"), fixed("mlkem", length=1184))
+    frozen = Frozen(1, key, 3, fixed("previous"), other, fixed("root"), 1000, 50, "helpers", 3, sorted([key, other]),
+                    LATE_S)  # fmt: skip
+    offer = PrekeyOffer(key, other, 2**53 - 1, fixed("x25519"), fixed("mlkem", length=1184), 2**40 - 1)
     noise = NoisePlan("example", 0.1, 1e-4, 100.0)
     header = Header(tid, 1048575, key, [digest, tid], 1, fixed("sealing key"), fixed("masked"), fixed("shares"))
     certificate = Certificate(tid, digest, [(1, fixed("signature", 1, 64)), (256, fixed("signature", 2, 64))])
@@ -793,7 +795,8 @@ class Fleet:
         self.roster = authority.Roster([identity.public_key for identity in self.identities])
         self.frozen = authority.freeze(
             self.authority, self.roster, coordinator=self.coordinator.public_key, corrupt_devices=self.corrupt,
-            committee=self.committee, committee_size=self.size, helpers=[box.public_key for box in boxes],
+            committee=self.committee, committee_size=self.size, expires_s=LATE_S,
+            helpers=[box.public_key for box in boxes],
         )  # fmt: skip
         self.entropy = fixed(f"{self.name}/beacon")
         self.signed = authority.draw(self.authority, self.frozen, self.roster, self.entropy, self.group_counts)
@@ -808,6 +811,7 @@ class Fleet:
         return {
             "committee": self.committee,
             "committee_size": self.size,
+            "expires_s": LATE_S,
             "corrupt_devices": self.corrupt,
             "group_counts": list(self.group_counts),
             "authority_seed": fixed(f"{self.name}/authority").hex(),
@@ -951,7 +955,7 @@ class Script:
         self.prekey_seeds = [fixed(f"{fleet.name}/prekey", i, 96) for i in range(len(fleet.members))]
         self.members, self.offers = [], []
         for identity, seed in zip(fleet.members, self.prekey_seeds, strict=True):
-            state, offer = member.offer_prekey(member.MemberState(), identity, fleet.authority.public_key, seed)
+            state, offer = member.offer_prekey(member.MemberState(), identity, fleet.authority.public_key, seed, LATE_S)
             self.members.append(state)
             self.offers.append(offer)
         self.ticket = Ticket(
@@ -1071,7 +1075,7 @@ class Script:
         if values_of is not None:
             number, value = values_of
             sealer = sealing.Sealer(
-                derive_key(self.entropy(device), "sealing key", self.round.tid),
+                derive_key(seed_of(self, device), "sealing key", self.round.tid),
                 coins_of(self.coins(device)[number - 1]),
             )
             stated = messages.decode(Header, header.body)
@@ -1185,7 +1189,8 @@ class Script:
             "bundle": fixed("bundle").hex(),
             "task": "vectors",
             "prekeys": [
-                {"seed": seed.hex(), "offer_sha256": sha256(offer.body), "signature": offer.signature.hex()}
+                {"seed": seed.hex(), "expires_s": LATE_S, "offer_sha256": sha256(offer.body),
+                 "signature": offer.signature.hex()}
                 for seed, offer in zip(self.prekey_seeds, self.offers, strict=True)
             ],
             "ticket": signed_json(self.round.signed),
@@ -1535,6 +1540,9 @@ def ticket_vectors() -> Json:
     case("n_max beyond the roster", changed(n_max=5), "more than the roster's 4")
     case("expires when it closes", changed(expires_s=CLOSES_S), "expires before it closes")
     case("a cohort that n_max cannot hold", changed(honest=4), "do not fit in n_max 4")
+    early = offered(1, expires_s=EXPIRES_S - 1)
+    case("a prekey that ends before the ticket", changed(prekeys=early), "outlive the prekey")
+    case("a ticket that ends after its epoch", changed(expires_s=LATE_S + 1), "outlive its epoch")
     case("a prekey missing", changed(prekeys=script.offers[:2]), "2 prekeys for a committee of 3")
     case("two prekeys exchanged", changed(prekeys=script.offers[::-1]), "prekeyoffer: the signature is not valid")
     case("a prekey for another fleet", changed(prekeys=offered(0, fleet=fixed("fleet"))), "another fleet or member")
@@ -1574,6 +1582,13 @@ def ticket_vectors() -> Json:
     }  # fmt: skip
 
 
+def seed_of(script: Script, device: int) -> bytes:
+    """What a device of the script derives its contribution from."""
+    message = script.round.layout.encode(script.integers(device))
+    key = script.enrolled(device).identity.public_key
+    return contributor.contribution_seed(script.entropy(device), script.round.tid, key, message)
+
+
 def contribution_vectors() -> Json:
     """One contribution whole, with what lies between its entropy and its bytes."""
     script = Script(helpers(), 1, 24)
@@ -1581,8 +1596,9 @@ def contribution_vectors() -> Json:
     script.contribute(0, 1)
     sent, tid = script.sent[0], script.round.tid
     entropy, device = script.entropy(0), script.enrolled(0)
-    secret = masks.expand_secret(entropy, tid)
-    sharing_key = derive_key(entropy, "sharing", tid)
+    own = seed_of(script, 0)
+    secret = masks.expand_secret(own, tid)
+    sharing_key = derive_key(own, "sharing", tid)
     values = script.round.thresholds.sharing.share(secret, KeyStream(sharing_key))
     header = messages.decode(Header, sent.header.body)
     context = [share_context(tid, device.index, device.identity.public_key, n, header.masked) for n in (1, 2, 3)]
@@ -1597,7 +1613,8 @@ def contribution_vectors() -> Json:
             {"first": row[:8].tolist(), "sha256_of_u16": sha256(little(row, "<u2"))} for row in values
         ],
         "share_contexts": [[part.hex() for part in parts] for parts in context],
-        "sealing_key_seed": derive_key(entropy, "sealing key", tid).hex(), "header_fields": fields_json(header),
+        "contribution_seed": own.hex(),
+        "sealing_key_seed": derive_key(own, "sealing key", tid).hex(), "header_fields": fields_json(header),
         "header": signed_json(sent.header), "masked": sent.masked.hex(), "shares": sent.shares.hex(),
         "size": sent.size,
     }  # fmt: skip

@@ -402,6 +402,7 @@ def expect_authority(fleet: Case, coordinator: bytes, helpers: list[bytes]) -> N
         corrupt_devices=fleet["corrupt_devices"],
         committee=fleet["committee"],
         committee_size=fleet["committee_size"],
+        expires_s=fleet["expires_s"],
         helpers=helpers,
     )
     assert frozen == signed(fleet["frozen"])
@@ -472,6 +473,10 @@ def test_contribution(file, case):
     if not case["success"]:
         return
     assert round_.tid.hex() == case["tid"]
+    message = round_.layout.encode(np.array(case["integers"]))
+    key = Identity(unhex(case["seed"])).public_key
+    entropy = contributor.contribution_seed(entropy, round_.tid, key, message)
+    assert entropy.hex() == case["contribution_seed"]
     secret = masks.expand_secret(entropy, round_.tid)
     assert secret[:64].tolist() == case["secret_first"]
     assert sha256(secret.astype("<i1").tobytes()) == case["secret_sha256_of_i8"]
@@ -508,7 +513,7 @@ class Replay:
         self.members = []
         for identity, prekey in zip(self.identities, content["prekeys"], strict=True):
             seed, key = unhex(prekey["seed"]), unhex(fleet["authority_key"])
-            state, offer = member.offer_prekey(member.MemberState(), identity, key, seed)
+            state, offer = member.offer_prekey(member.MemberState(), identity, key, seed, prekey["expires_s"])
             assert sha256(offer.body) == prekey["offer_sha256"]
             assert offer.signature.hex() == prekey["signature"]
             self.members.append(state)
@@ -617,7 +622,9 @@ class Replay:
             shares[size * step["flip_share_of"] - 1] ^= 1
         if step["values_of"]:
             number, value = step["values_of"]
-            sealing_seed = derive_key(unhex(given["entropy"]), "sealing key", self.round.tid)
+            message = self.round.layout.encode(np.array(given["integers"], dtype=np.int64))
+            own = contributor.contribution_seed(unhex(given["entropy"]), self.round.tid, header.key, message)
+            sealing_seed = derive_key(own, "sealing key", self.round.tid)
             sealer = sealing.Sealer(sealing_seed, fixed_coins(iter(given["coins"][number - 1 :])))
             context = share_context(self.round.tid, header.sender, header.key, number, header.masked)
             plaintext = value.to_bytes(2, "little") * self.round.thresholds.polynomials
