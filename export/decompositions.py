@@ -27,10 +27,16 @@ def _hardtanh_backward(grad: Tensor, self: Tensor, min_val: float, max_val: floa
     return grad * ((self > min_val) & (self < max_val)).to(grad.dtype)
 
 
+def _copy(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
+    """`src` as `self`: the ONNX exporter forgets to broadcast it."""
+    return src.to(self.dtype).expand(self.shape)
+
+
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     **core_aten_decompositions(),
     aten.threshold_backward.default: _threshold_backward,
     aten.hardtanh_backward.default: _hardtanh_backward,
+    aten.copy.default: _copy,
 }
 for _kept in (aten.addmm.default,):
     DECOMPOSITIONS.pop(_kept, None)
