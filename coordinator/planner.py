@@ -33,8 +33,8 @@ MAX_WRAP = 2.0**-40
 
 SPREADS = 6
 """n_max lies so many standard deviations above the expected cohort: a round seals early, or overflows a group, once in
-10^9 if the number is normal. Where a coin for taking part hides devices from readers, the least cohort lies so far below
-too: a round that ends, or does not, because one device came shows that it came."""
+10^9 if the number is normal. Where a coin for taking part hides devices from readers, the least cohort lies so far
+below too: a round that ends, or does not, because one device came shows that it came."""
 
 LOW_SPREADS = 3
 """Elsewhere a cohort that is too small costs the round and nothing else: one round in 700 may abort."""
@@ -190,7 +190,7 @@ class Plan:
         rounding = m.sensitivity_steps / (m.sensitivity / m.granularity) - 1
         lines = [
             f"{w.rounds} rounds of unit {w.unit!r}, {w.dimension} parameters, about {c.expected:g} contributors of "
-            f"{c.roster}, at most {c.n_max} (sealed early beyond), {_groups(c.groups)} with the full noise each.",
+            f"{c.roster}, at most {c.n_max} (sealed early beyond), {_groups(c.groups)}.",
             f"Against readers of the models, who do not know who took part: {self.figures.readers}; "
             f"{self.figures_rdp.readers.epsilon:.2f} by RDP.",
             f"Against the coordinator, who sees who sent, for a device that sends in {w.sends} rounds: "
@@ -274,7 +274,7 @@ def _check_cohort(cohort: Cohort, spreads: int) -> None:
 
 
 def _groups(number: int) -> str:
-    return "one group" if number == 1 else f"{number} groups"
+    return "one group" if number == 1 else f"{number} groups with the full noise each"
 
 
 def _beta(work: Work) -> float:

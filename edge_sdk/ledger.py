@@ -193,7 +193,7 @@ class Ledger:
             body = record[_LENGTH_BYTES : _LENGTH_BYTES + length]
             link = next_link(self._links[-1], body)
             if length > MAX_ENTRY_BYTES or record != _record(body, link):
-                if start + _RECORD_BYTES < len(data) or not _unfinished(record, link):
+                if start + _RECORD_BYTES < len(data) or not _unfinished(record):
                     raise LedgerDamaged(
                         f"entry {len(self._links)} does not follow from those before it: it was changed"
                     )
@@ -206,14 +206,13 @@ class Ledger:
         os.lseek(self._file, len(self._links) * _RECORD_BYTES, os.SEEK_SET)
 
 
-def _unfinished(record: bytes, link: bytes) -> bool:
-    """Whether this last record is what an interrupted append leaves: it ends early, or its end still reads as zeros.
+def _unfinished(record: bytes) -> bool:
+    """Whether this last record is what an interrupted append leaves: it ends early, or was never written and is zeros.
 
-    Anything else was changed after it was written; then a charge may be lost, and the ledger is not to be used.
+    Anything else was changed after it was written; then a charge may be lost, and the ledger is not to be used. A disk
+    writes sectors whole, so part of a chain's hash is a change too.
     """
-    if len(record) < _RECORD_BYTES:
-        return True
-    return link.startswith(record[-_LINK_BYTES:].rstrip(b"\0"))
+    return len(record) < _RECORD_BYTES or not any(record[-_LINK_BYTES:])
 
 
 def _header(owner: bytes) -> bytes:

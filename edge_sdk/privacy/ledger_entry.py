@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
@@ -113,12 +114,17 @@ class Release(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
         Raises ParameterError on a unit "example" in an account of devices.
         """
-        noise, beta = noise_of(self.mechanism)
-        sampling = self.sampling
-        return (
-            against_readers(noise, self.unit, protects, sampling, beta),
-            against_coordinator(noise, self.unit, protects, sampling, beta),
-        )
+        return _costs(self, protects)
+
+
+@lru_cache(maxsize=64)
+def _costs(release: Release, protects: Unit) -> tuple[AgainstReaders, AgainstCoordinator]:
+    noise, beta = noise_of(release.mechanism)
+    sampling = release.sampling
+    return (
+        against_readers(noise, release.unit, protects, sampling, beta),
+        against_coordinator(noise, release.unit, protects, sampling, beta),
+    )
 
 
 def noise_of(mechanism: Mechanism) -> tuple[Noise, float]:
