@@ -445,18 +445,20 @@ def test_wraps_are_no_more_frequent_than_the_bound():
 
 
 def test_the_wrap_bound_by_hand():
-    device = Mechanism("device", 10_000, 1.0, 0.001, 1000.0, 10, 18)
-    variance = (20 * 1000.0) ** 2 / 4096 + 20 * (0.25 + 1000.0**2 / 10)
+    device = Mechanism("device", 10_000, 1.0, 1 / 60_000, 10_000.0, 10, 18)
+    variance = (20 * 60_000.0) ** 2 / 4096 + 20 * (0.25 + 10_000.0**2 / 10)
     room = 2**17 - 1 - 20
-    assert device.wrap_probability(20) == pytest.approx(20_000 * math.exp(-room * room / (2 * variance)), rel=1e-6)
-    example = Mechanism("example", 9_997, 1.0, 0.001, 1000.0, 10, 18, metric_scale=0.1)
+    by_hand = 20_000 * math.exp(-room * room / (2 * variance))
+    assert 1e-6 < by_hand < 0.1
+    assert device.wrap_probability(20) == pytest.approx(by_hand, rel=1e-6)
+    example = Mechanism("example", 9_997, 1.0, 0.001, 10_000.0, 10, 18, metric_scale=0.1)
     c = 1000 * math.sqrt(1.001**2 + 0.03)
-    variance = (900 * c) ** 2 / 4096 + 20 * (0.25 + 1000.0**2 / 10)
+    variance = (1200 * c) ** 2 / 4096 + 20 * (0.25 + 10_000.0**2 / 10)
     room = 2**17 - 1
-    assert example.wrap_probability(20, 900) == pytest.approx(
-        min(1, 20_000 * math.exp(-room * room / (2 * variance))), rel=1e-6
-    )
-    assert example.wrap_probability(20, 900) > 1e3 * example.wrap_probability(20, 20)  # examples count, not devices
+    by_hand = 20_000 * math.exp(-room * room / (2 * variance))
+    assert 1e-6 < by_hand < 0.1
+    assert example.wrap_probability(20, 1200) == pytest.approx(by_hand, rel=1e-6)
+    assert example.wrap_probability(20, 1200) > 1e3 * example.wrap_probability(20, 20)  # examples count, not devices
     for contributors, units in [(0, None), (20, None), (20, -1)]:
         with pytest.raises(ParameterError, match="no bound"):
             example.wrap_probability(contributors, units)
