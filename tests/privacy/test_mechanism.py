@@ -17,6 +17,7 @@ from edge_sdk.errors import ParameterError
 from edge_sdk.privacy import mechanism as module
 from edge_sdk.privacy.mechanism import CONDITIONAL_BETA, UNCONDITIONAL_BETA, Mechanism, clip_l2, decode, encode
 from edge_sdk.privacy.noise import NoiseSampler
+from edge_sdk.privacy.rotation import rotate_back
 
 SEED = bytes(range(32))
 DEVICE = Mechanism("device", 40, 1.0, 0.01, 100.0, 4, 18)
@@ -149,6 +150,31 @@ def test_an_empty_draw_sends_its_share_of_noise():
     assert abs(sent.mean()) < 5 * 100 / math.sqrt(50_000)
 
 
+def test_every_coordinate_carries_noise_the_metrics_too():
+    """Before the rotation is undone, since afterwards one coordinate's noise is everybody's."""
+    rounds = 2000
+    sent = [encode(EXAMPLE, np.zeros(40), (0.0, 0.0, 0.0), SEED, entropy(i)) for i in range(rounds)]
+    variances = (centred(EXAMPLE, np.array(sent)).astype(float) ** 2).mean(axis=0)
+    assert variances.shape == (43,)
+    assert np.abs(variances / 50.0**2 - 1).max() < 5 * math.sqrt(2 / rounds)
+
+
+@pytest.mark.parametrize("share", [3.0, 40.0])
+def test_rounding_and_noise_share_no_bits(share):
+    """Halves of a step round by one bit of a coin each; no noise near it in any order of reading knows that bit."""
+    d = 20_000
+    mechanism = Mechanism("example", d, 1.0, 0.5, share * math.sqrt(2), 2, 16)
+    halves = rotate_back(np.full(d, 0.25), SEED) * (1 + 1e-9)
+    noise = centred(mechanism, encode(mechanism, np.zeros(d), None, SEED, entropy(0)))
+    message = centred(mechanism, encode(mechanism, halves, None, SEED, entropy(0)))
+    bits = (message - noise).astype(float)
+    assert set(bits) == {0.0, 1.0}
+    for stride in (1, 2, 4, 8):
+        for start in range(stride):
+            heard = noise[start::stride].astype(float)
+            assert abs(np.corrcoef(bits[: len(heard)], heard)[0, 1]) < 5 / math.sqrt(len(heard))
+
+
 # --- sensitivity, on the real encoder: the same entropy twice cancels the noise ---
 
 
@@ -181,6 +207,22 @@ def test_one_example_moves_a_sum_by_no_more_than_its_sensitivity(key, others, gr
     assert sum(int(x) ** 2 for x in difference) <= mechanism.sensitivity_steps**2
     exact = math.sqrt(1.0009**2 + 0.25 * (2 + 9)) / granularity
     assert math.sqrt(sum(int(x) ** 2 for x in difference)) > exact - math.sqrt(43)
+
+
+def test_a_devices_message_is_held_to_its_sensitivity_where_one_rounding_in_nine_would_pass_it():
+    mechanism = Mechanism("device", 40, 1.0, 0.001, 100.0, 4, 31)
+    nothing, unheld = np.zeros(40), 0
+    for i in range(150):
+        vector = unit_vector(40, 7 * i)
+        seen = []
+        for unit in ("device", "example"):
+            own = replace(mechanism, unit=unit)
+            message = encode(own, vector, None, SEED, entropy(i)).astype(np.int64)
+            difference = centred(own, message - encode(own, nothing, None, SEED, entropy(i)))
+            seen.append(sum(int(x) ** 2 for x in difference) <= mechanism.sensitivity_steps**2)
+        assert seen[0]
+        unheld += not seen[1]
+    assert unheld > 5
 
 
 def test_sensitivities_of_both_units_by_hand():

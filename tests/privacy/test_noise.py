@@ -184,8 +184,9 @@ def test_float64_and_60_digits_accept_the_same(monkeypatch, numerator, denominat
 
 @pytest.mark.parametrize(("numerator", "denominator"), [(12, 1), (100_000, 1)])
 def test_a_coin_next_to_the_threshold_is_settled_by_the_exact_comparison(numerator, denominator):
-    """The threshold's first 64 bits are the coin: its next 64 bits, zero here, decide."""
-    sampler = with_bins(numerator, denominator, [1, 1, 1])
+    """The threshold's first 64 bits are the coin: its next 64 bits, zero here, decide. Float64 is not asked within
+    2^-50 of it, where its own errors could be, and is asked at 2^-42."""
+    sampler = with_bins(numerator, denominator, [1] * 7)
     width = 1 << sampler.width_bits
     x = 2 * width - 1
     with localcontext() as context:
@@ -193,9 +194,10 @@ def test_a_coin_next_to_the_threshold_is_settled_by_the_exact_comparison(numerat
         exponent = Decimal((width * width - x * x) * denominator**2) / (2 * numerator**2)
         threshold = int(exponent.exp() * (1 << 128))
     top = threshold >> 64
-    stream = Chosen([width - 1] * 3, [top - 1, top, top + 1])
-    assert sampler._proposals(stream, 3).tolist() == [x, x]
-    assert stream.later == [3]  # all three were too close for float64
+    offsets = (-(1 << 22), -(1 << 14), -1, 0, 1, 1 << 14, 1 << 22)
+    stream = Chosen([width - 1] * 7, [top + offset for offset in offsets])
+    assert sampler._proposals(stream, 7).tolist() == [x] * 4  # up to the threshold itself
+    assert stream.later == [5]
     assert sampler.accepts(x, width, threshold)
     assert not sampler.accepts(x, width, threshold + 1)
 
