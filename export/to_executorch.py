@@ -56,6 +56,7 @@ def to_executorch(graph: fx.GraphModule, example: Sequence[Tensor], backend: Bac
     """
     with _quiet():
         from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+        from executorch.exir.passes import MemoryPlanningPass
 
         if backend == "xnnpack":
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -67,7 +68,9 @@ def to_executorch(graph: fx.GraphModule, example: Sequence[Tensor], backend: Bac
             raise UnsupportedModelError(f"no ExecuTorch back end is called {backend!r}: use xnnpack or portable")
         program = torch.export.export(lower(graph, example), tuple(example))
         edge = to_edge_transform_and_lower(program, partitioner=partitioner, compile_config=EdgeCompileConfig())
-        return bytes(edge.to_executorch(ExecutorchBackendConfig()).buffer)
+        # Inputs and outputs stay where the caller has them: parameters are not copied in and out at every step.
+        planning = MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
+        return bytes(edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning)).buffer)
 
 
 def _configs() -> list[Any]:
@@ -126,7 +129,9 @@ def lower(graph: fx.GraphModule, example: Sequence[Tensor]) -> fx.GraphModule:
     ):
         lowered.register_buffer(name, value.detach())
         with lowered.graph.inserting_before(node):
-            node.replace_all_uses_with(lowered.graph.get_attr(name))
+            attribute = lowered.graph.get_attr(name)
+        attribute.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(attribute)
         lowered.graph.erase_node(node)
     simplify(lowered)  # its views are reshapes then
     _clean(lowered)
