@@ -74,13 +74,14 @@ class Noise:
 
     @property
     def concentrated_epsilon(self) -> float:
-        """eps such that the mechanism is (1/2) eps^2-concentrated differentially private.
+        """eps such that the divergence is at most (1/2) eps^2 alpha at every order from 2 on.
 
-        min( sqrt(D^2 + tau d / 2), D + tau sqrt(d) ) with D = 1/z: the same paper, Theorem 1.
+        min( sqrt(D^2 + tau d), D + tau sqrt(d) ) with D = 1/z. The first term covers the same paper's Proposition 14,
+        alpha D^2 / 2 + tau d, at these orders, and is not below its Theorem 1, which has tau d / 2 under the root.
         """
         distance = 1 / self.multiplier
         return min(
-            math.sqrt(distance**2 + self.correction * self.dimension / 2),
+            math.sqrt(distance**2 + self.correction * self.dimension),
             distance + self.correction * math.sqrt(self.dimension),
         )
 

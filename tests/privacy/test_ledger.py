@@ -63,6 +63,13 @@ def take_part(ledger, number, release=RELEASE, task="keywords"):
     ledger.charge(tid(number), contribution(number), 6)
 
 
+def put(path, data):
+    """`data` in place of what the file holds, without emptying it first: that would make the disk flush every time."""
+    with path.open("r+b") as file:
+        file.write(data)
+        file.truncate()
+
+
 @pytest.fixture
 def path(tmp_path):
     where = tmp_path / "ledger"
@@ -304,7 +311,7 @@ def test_a_ledger_that_was_rolled_back_is_told_by_an_anchored_head(three):
     path, heads = three
     whole = path.read_bytes()
     for entries in range(6):
-        path.write_bytes(whole[: 512 * (1 + entries)])
+        put(path, whole[: 512 * (1 + entries)])
         with open_ledger(path) as ledger:
             assert ledger.head == heads[entries]
             with pytest.raises(LedgerDamaged, match=f"rolled back: {entries} entries, but 6"):
@@ -371,7 +378,7 @@ def test_cut_at_every_byte_a_ledger_opens_with_every_whole_entry_or_says_that_it
     path, heads = three
     whole = path.read_bytes()
     for length in range(len(whole) + 1):
-        path.write_bytes(whole[:length])
+        put(path, whole[:length])
         if length < 512:
             with pytest.raises(LedgerDamaged):
                 open_ledger(path)
@@ -386,7 +393,7 @@ def test_a_last_record_of_which_only_the_beginning_reached_the_disk_is_cut(three
     path, heads = three
     whole = path.read_bytes()
     for kept in range(512 - 32 + 1):
-        path.write_bytes(whole[:-512] + whole[-512:][:kept].ljust(512, b"\0"))
+        put(path, whole[:-512] + whole[-512:][:kept].ljust(512, b"\0"))
         with open_ledger(path) as ledger:
             assert ledger.head == heads[-2]
             assert ledger.cut_bytes == 512
@@ -401,7 +408,7 @@ def test_a_changed_byte_anywhere_is_damage_and_never_a_shorter_ledger(three, fas
     for position in range(len(whole)):
         changed = bytearray(whole)
         changed[position] ^= 0x40
-        path.write_bytes(changed)
+        put(path, changed)
         with pytest.raises(LedgerDamaged):
             open_ledger(path)
         assert path.read_bytes() == changed
@@ -411,7 +418,7 @@ def test_entries_in_another_order_are_damage(three):
     path, _ = three
     whole = path.read_bytes()
     records = [whole[i : i + 512] for i in range(0, len(whole), 512)]
-    path.write_bytes(b"".join([records[0], records[3], records[4], records[1], records[2], *records[5:]]))
+    put(path, b"".join([records[0], records[3], records[4], records[1], records[2], *records[5:]]))
     with pytest.raises(LedgerDamaged, match="entry 1 does not follow"):
         open_ledger(path)
 

@@ -146,10 +146,16 @@ def test_more_sampling_never_costs_less(multiplier, a, b):
     assert (sampled(multiplier, high) <= sampled(multiplier, 1.0) * (1 + 1e-9)).all()
 
 
-def test_theorem_1_of_kairouz_liu_steinke_takes_the_smaller_of_its_two_bounds():
-    assert Noise(2.0, 1e-3, 100).concentrated_epsilon == pytest.approx(0.5 + 1e-3 * 10)
-    assert Noise(2.0, 1e-3, 1).concentrated_epsilon == pytest.approx(math.sqrt(0.25 + 1e-3 / 2))
-    assert Noise(100.0, 1e-2, 1).concentrated_epsilon == pytest.approx(0.01 + 1e-2)
+@given(st.floats(0.1, 100), st.floats(0, 1), st.integers(1, 10**6))
+def test_the_correction_of_the_sum_is_that_of_kairouz_liu_steinke_at_every_order(multiplier, tau, d):
+    values = against_coordinator(Noise(multiplier, tau, d), "device", "device", Sampling()).values
+    distance = 1 / multiplier
+    by_sum = ALPHA * distance**2 / 2 + tau * d
+    by_norm = ALPHA / 2 * (distance + tau * math.sqrt(d)) ** 2
+    assert (values >= np.minimum(by_sum, by_norm) * (1 - 1e-12)).all()  # Proposition 14
+    theorem_1 = min(math.sqrt(distance**2 + tau * d / 2), distance + tau * math.sqrt(d))
+    assert (values >= ALPHA * theorem_1**2 / 2 * (1 - 1e-12)).all()
+    assert values[0] <= min(by_sum[0], by_norm[0]) * (1 + 1e-9)  # and no more than is needed
 
 
 def test_a_coin_for_the_device_is_worth_less_to_one_example_than_the_product_of_the_rates():

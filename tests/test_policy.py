@@ -1,0 +1,232 @@
+"""A device's policy: what its TOML may say, and what it refuses in a ticket that the protocol finds in order."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from edge_sdk.errors import ParameterError, PeerError
+from edge_sdk.ledger import Ledger, create_ledger
+from edge_sdk.policy import Policy
+from edge_sdk.privacy.ledger_entry import Limits, Release
+from edge_sdk.privacy.mechanism import Mechanism
+from edge_sdk.privacy.rdp import Budget, Sampling
+from edge_sdk.protocol import reference
+from edge_sdk.protocol.messages import NoisePlan, Signed
+from edge_sdk.protocol.rounds import Round
+
+ENTROPY = bytes(range(32))
+PUBLISHER = b"\x07" * 32
+
+
+def mechanism(unit="example", multiplier=3.0, honest=3):
+    draft = Mechanism(
+        unit=unit, dimension=97, clip=0.5, granularity=1e-4, sigma=1e4, honest=honest, modulus_bits=22,
+        metric_scale=0.05, loss_bound=2.0,
+    )  # fmt: skip
+    return replace(draft, sigma=multiplier * draft.sensitivity_steps)
+
+
+@cache
+def fleet():
+    return reference.make_fleet(ENTROPY, 8)
+
+
+@cache
+def round_of(mechanism, task="keywords"):
+    noise = NoisePlan(mechanism.unit, mechanism.clip, mechanism.granularity, mechanism.sigma)
+    return reference.open_ticket(
+        reference.make_fleet(ENTROPY, 8),
+        ENTROPY,
+        mechanism.length,
+        n_max=8,
+        honest=mechanism.honest,
+        noise=noise,
+        task=task,
+    )
+
+
+def toml(**changes):
+    fields = {
+        "protects": '"example"',
+        "min_honest": "3",
+        "min_noise_multiplier": "0.5",
+        "authorities": f'["{fleet().epoch.frozen.fleet.hex()}"]',
+        "operators": f'["{fleet().coordinator.public_key.hex()}", "{"ab" * 32}"]',
+        "publishers": f'["{PUBLISHER.hex()}"]',
+    } | changes
+    lines = [f"{name} = {value}" for name, value in fields.items() if value is not None]
+    return (
+        "\n".join(lines)
+        + """
+[lifetime]
+readers = {epsilon = 8.0, delta = 1e-6}
+coordinator = {epsilon = 20.0, delta = 1e-6}
+[tasks.keywords]
+[tasks.keywords.limits]
+readers = {epsilon = 2.75, delta = 1e-4}
+coordinator = {epsilon = 2.75, delta = 1e-4}
+[tasks.narrow]
+operators = ["ABAB"]
+[tasks.strict]
+min_honest = 5
+min_noise_multiplier = 4.0
+publishers = []
+""".replace("ABAB", "ab" * 32)
+    )
+
+
+def policy(**changes):
+    return Policy.from_toml(toml(**changes))
+
+
+def test_a_policy_is_read_whole():
+    read = policy(max_device_rate="0.5")
+    assert read.lifetime == Limits(Budget(8.0, 1e-6), Budget(20.0, 1e-6))
+    assert read.task_limits == {"keywords": Limits(Budget(2.75, 1e-4), Budget(2.75, 1e-4))}
+    assert read.max_device_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"min_honest": "1"}, "min_honest"),
+        ({"min_honest": None}, "min_honest"),
+        ({"min_noise_multiplier": "0.0"}, "min_noise_multiplier"),
+        ({"min_noise_multiplier": "nan"}, "min_noise_multiplier"),
+        ({"max_device_rate": "0.0"}, "max_device_rate"),
+        ({"max_device_rate": "1.5"}, "max_device_rate"),
+        ({"protects": '"both"'}, "protects"),
+        ({"authorities": "[]"}, "authorities"),
+        ({"operators": '["abc"]'}, "operators"),
+        ({"publishers": None}, "publishers"),
+        ({"min_honnest": "3"}, "min_honnest"),
+    ],
+)
+def test_a_policy_with_a_mistake_is_refused_by_the_fields_name(changes, named):
+    with pytest.raises(ParameterError, match=named):
+        policy(**changes)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        toml().replace("epsilon = 8.0", "epsilon = -8.0"),
+        toml().replace("epsilon = 8.0", "epsilon = inf"),
+        toml().replace("delta = 1e-6", "delta = 1.0"),
+        toml().replace("[lifetime]\nreaders", "[lifetime]\nreader"),
+        toml().replace("coordinator = {epsilon = 20.0, delta = 1e-6}\n", ""),
+        toml().replace("[lifetime]", "[lifetime"),
+        toml().replace("[tasks.keywords]\n", "[tasks.KEYWORDS]\n"),
+        "",
+    ],
+)
+def test_a_policy_that_says_no_budget_is_refused(broken):
+    with pytest.raises(ParameterError, match="policy: "):
+        Policy.from_toml(broken)
+
+
+def test_the_policy_in_the_modules_text_is_one():
+    import edge_sdk.policy
+
+    text = (edge_sdk.policy.__doc__ or "").partition("A policy in full:\n")[2]
+    read = Policy.from_toml(text.replace("<public key in hex>", "cd" * 32))
+    assert read.tasks["keywords"].operators == ("cd" * 32,)
+
+
+def test_a_round_within_the_policy_is_allowed():
+    policy().check_round(round_of(mechanism()), mechanism(), 1.0)
+    policy().check_publisher("keywords", PUBLISHER)
+    policy().terms("keywords", bytes(32)).check(round_of(mechanism()))
+
+
+def test_an_authority_that_is_not_listed_is_refused():
+    with pytest.raises(PeerError, match="fleet authority"):
+        policy(authorities=f'["{"cd" * 32}"]').check_round(round_of(mechanism()), mechanism(), 1.0)
+
+
+def test_an_operator_that_is_not_listed_is_refused():
+    with pytest.raises(PeerError, match="operator"):
+        policy(operators=f'["{"cd" * 32}"]').check_round(round_of(mechanism()), mechanism(), 1.0)
+
+
+def test_a_task_may_have_fewer_operators_than_the_device():
+    with pytest.raises(PeerError, match="operator"):
+        policy().check_round(round_of(mechanism(), "narrow"), mechanism(), 1.0)
+
+
+def test_a_tasks_list_does_not_add_to_the_devices():
+    with pytest.raises(PeerError, match="publisher"):
+        policy(publishers=f'["{"cd" * 32}"]').check_publisher("keywords", PUBLISHER)
+    with pytest.raises(PeerError, match="publisher"):
+        policy().check_publisher("strict", PUBLISHER)
+
+
+def test_a_task_that_is_not_listed_is_refused_everywhere():
+    for refused in (
+        lambda: policy().check_round(round_of(mechanism(), "other"), mechanism(), 1.0),
+        lambda: policy().terms("other", bytes(32)),
+        lambda: policy().check_publisher("other", PUBLISHER),
+    ):
+        with pytest.raises(PeerError, match="task other is not among"):
+            refused()
+
+
+def test_noise_below_the_floor_is_refused_with_all_that_one_unit_adds_counted():
+    weak = mechanism(multiplier=0.49)
+    with pytest.raises(PeerError, match=r"below this device's floor of 0\.5"):
+        policy().check_round(round_of(weak), weak, 1.0)
+    # The clip alone would let it pass: metrics and rounding add to what one example moves.
+    assert weak.sigma * weak.granularity / weak.clip > 0.5
+
+
+def test_a_stricter_task_raises_the_floors():
+    terms = policy().terms("strict", bytes(32))
+    assert (terms.min_honest, terms.min_noise_multiplier) == (5, 4.0)
+    with pytest.raises(PeerError, match="floor of 4"):
+        policy().check_round(round_of(mechanism(), "strict"), mechanism(), 1.0)
+
+
+def test_a_cohort_below_the_least_is_refused_by_the_terms():
+    small = mechanism(honest=2)
+    with pytest.raises(PeerError, match="cohort of 2 honest devices"):
+        policy().terms("keywords", bytes(32)).check(round_of(small))
+
+
+def test_rounds_of_examples_are_refused_where_whole_devices_are_protected():
+    with pytest.raises(PeerError, match="protects no whole device"):
+        policy(protects='"device"').check_round(round_of(mechanism()), mechanism(), 1.0)
+
+
+@pytest.mark.parametrize("rate", [0.51, 0.0, float("nan")])
+def test_taking_part_more_often_than_allowed_is_refused(rate):
+    with pytest.raises(PeerError, match="rate"):
+        policy(max_device_rate="0.5").check_round(round_of(mechanism()), mechanism(), rate)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"sigma": 1e6}, {"clip": 0.4}, {"granularity": 2e-4}, {"honest": 4}, {"dimension": 96}, {"unit": "device"}],
+)
+def test_a_mechanism_that_is_not_the_tickets_is_refused(changes):
+    with pytest.raises(ParameterError, match="not the ticket's"):
+        policy().check_round(round_of(mechanism()), replace(mechanism(), **changes), 1.0)
+
+
+def test_policy_round_and_ledger_fit_together(tmp_path):
+    rules, round_ = policy(), round_of(mechanism())
+    rules.check_round(round_, mechanism(), 1.0)
+    create_ledger(tmp_path / "ledger", fleet().devices[0].public_key)
+    owner = fleet().devices[0].public_key
+    with Ledger(tmp_path / "ledger", owner, rules.protects, rules.lifetime, rules.task_limits) as ledger:
+        release = Release.of(mechanism(), Sampling(example=0.3))
+        assert isinstance(round_, Round)
+        assert isinstance(round_.signed, Signed)
+        ticket = round_.ticket
+        operator = round_.epoch.frozen.coordinator
+        assert ledger.draw(ticket.task, ticket.round, round_.tid, operator, release, os.urandom(32), 5)
+        ledger.charge(round_.tid, bytes(32), 6)
+        assert ledger.account.totals("keywords").coordinator.epsilon > 0
