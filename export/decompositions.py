@@ -58,7 +58,35 @@ def simplify(module: fx.GraphModule) -> None:
             # Strides were those of the traced tensors; at run time a kernel may choose others, and neither back end
             # has strides at all.
             node.target = aten.reshape.default
+    _join_views(graph)
     module.graph = fx_graph_cse(graph)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
+
+
+def _join_views(graph: fx.Graph) -> None:
+    """A reshape or a permutation of another one is one; what changes nothing goes. So equal values meet in one form."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        source, before = node.args[0], node.args[0].meta.get("val")
+        after = node.meta.get("val")
+        if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+            continue
+        if node.target is aten.reshape.default:
+            while source.target is aten.reshape.default:
+                source = source.args[0]
+            if tuple(source.meta["val"].shape) == tuple(after.shape):
+                node.replace_all_uses_with(source)
+            else:
+                node.args = (source, list(after.shape))
+        elif node.target is aten.permute.default:
+            order = [axis % before.dim() for axis in node.args[1]]
+            if source.target is aten.permute.default:
+                inner = source.args[1]
+                order, source = [inner[axis] % before.dim() for axis in order], source.args[0]
+            if order == sorted(order):
+                node.replace_all_uses_with(source)
+            else:
+                node.args = (source, order)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,31 @@ def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
     classes = torch.arange(output.shape[-1], dtype=y.dtype)
     chosen = (y.unsqueeze(-1) == classes).to(output.dtype)
     known = chosen.sum(-1)  # 1, or 0 for a label that is no class
-    return _rest_mean(-(torch.log_softmax(output, -1) * chosen).sum(-1) / known)
+    values, _ = _NegativeLogLikelihood.apply(output, chosen)
+    return _rest_mean(values / known)
+
+
+class _NegativeLogLikelihood(torch.autograd.Function):
+    """output, chosen: (..., classes); chosen is one-hot. The loss (...), and the log-probabilities for its gradient.
+
+    The gradient in its closed form, softmax - chosen: differentiated step by step it is five operators more.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(output: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        logs = torch.log_softmax(output, -1)
+        return -(logs * chosen).sum(-1), logs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(inputs[1], output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
+        chosen, logs = ctx.saved_tensors
+        return (logs.exp() - chosen) * grad.unsqueeze(-1), None
 
 
 def binary_cross_entropy(output: Tensor, y: Tensor) -> Tensor:

@@ -40,20 +40,24 @@ class Outer:
     def squared_norms(self) -> Tensor:
         """(B,): |G_i|^2 = sum over t, u of <a[i,t], a[i,u]> <b[i,t], b[i,u]>."""
         if self.a.shape[1] == 1:
-            return (self.a * self.a).sum((1, 2)) * (self.b * self.b).sum((1, 2))
+            return self.bounds()
         gram_a = torch.bmm(self.a, self.a.transpose(1, 2))
         gram_b = torch.bmm(self.b, self.b.transpose(1, 2))
         return (gram_a * gram_b).sum((1, 2))
 
     def bounds(self) -> Tensor:
-        """(B,): at least |G_i|^2, without Gram matrices; NaN where a or b is. Cauchy and Schwarz."""
-        return (self.a * self.a).sum((1, 2)) * (self.b * self.b).sum((1, 2))
+        """(B,): at least |G_i|^2, without Gram matrices; NaN where a or b is. Cauchy and Schwarz; exact for one t."""
+        return _squared(self.a) * _squared(self.b)
 
     def weighted_sum(self, weights: Tensor, counted: Tensor) -> Tensor:
         """(q, p): sum over i of weights[i] G_i. What a row that does not count holds, NaN even, is replaced first."""
-        scaled = guard(self.b * weights[:, None, None], counted)
-        flat = guard(self.a, counted).flatten(0, 1)
-        g = torch.mm(scaled.flatten(0, 1).t(), flat)
+        if self.a.shape[1] == 1:
+            scaled = _scaled(self.b.flatten(0, 1), weights, counted)
+            flat = guard(self.a.flatten(0, 1), counted)
+        else:
+            scaled = _scaled(self.b, weights, counted).flatten(0, 1)
+            flat = guard(self.a, counted).flatten(0, 1)
+        g = torch.mm(scaled.t(), flat)
         return g if self.shape is None else g.reshape(self.shape)
 
 
@@ -64,14 +68,16 @@ class Dense:
     g: Tensor
 
     def squared_norms(self) -> Tensor:
-        flat = self.g.reshape(self.g.shape[0], -1)
-        return (flat * flat).sum(1)
+        return _squared(self.g)
 
     def bounds(self) -> Tensor:
         return self.squared_norms()
 
     def weighted_sum(self, weights: Tensor, counted: Tensor) -> Tensor:
-        flat = guard(self.g, counted).reshape(self.g.shape[0], -1)
+        if self.g.dim() == 2:
+            # A bias: a linear layer's weight needs the same rows scaled.
+            return _scaled(self.g, weights, counted).sum(0)
+        flat = guard(self.g.reshape(self.g.shape[0], -1), counted)
         return torch.mm(weights[None, :], flat).reshape(self.g.shape[1:])
 
 
@@ -85,18 +91,18 @@ class Indexed:
 
     def squared_norms(self) -> Tensor:
         if self.b.shape[1] == 1:
-            return (self.b * self.b).sum((1, 2))
+            return _squared(self.b)
         same = (self.indices[:, :, None] == self.indices[:, None, :]).to(self.b.dtype)
         return (torch.bmm(self.b, self.b.transpose(1, 2)) * same).sum((1, 2))
 
     def bounds(self) -> Tensor:
-        return self.b.shape[1] * (self.b * self.b).sum((1, 2))
+        return self.b.shape[1] * _squared(self.b)
 
     def dense(self) -> Dense:
         return Dense(torch.bmm(self._one_hot().transpose(1, 2), self.b))
 
     def weighted_sum(self, weights: Tensor, counted: Tensor) -> Tensor:
-        scaled = guard(self.b * weights[:, None, None], counted).flatten(0, 1)
+        scaled = _scaled(self.b, weights, counted).flatten(0, 1)
         # A product with a one-hot matrix: both back ends do it well, and neither scatters with addition well.
         return torch.mm(self._one_hot().flatten(0, 1).t(), scaled)
 
@@ -111,6 +117,16 @@ Use = Outer | Dense | Indexed
 def guard(rows: Tensor, counted: Tensor) -> Tensor:
     """`rows` with zeros in the examples that do not count. counted: (B,) bool. A product with 0 would keep a NaN."""
     return torch.where(counted.reshape([-1] + [1] * (rows.dim() - 1)), rows, torch.zeros((), dtype=rows.dtype))
+
+
+def _squared(rows: Tensor) -> Tensor:
+    """(B,): the squared norm of each row."""
+    flat = rows.reshape(rows.shape[0], -1)
+    return (flat * flat).sum(1)
+
+
+def _scaled(rows: Tensor, weights: Tensor, counted: Tensor) -> Tensor:
+    return guard(rows * weights.reshape([-1] + [1] * (rows.dim() - 1)), counted)
 
 
 def merge(uses: list[Use]) -> Use:
