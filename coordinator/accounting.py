@@ -34,7 +34,7 @@ Method = Literal["pld", "rdp"]
 Events = Counter[tuple[Mechanism, Sampling]]
 
 SMOOTHING = 1.5
-"""Standard deviation, steps, of the part of the noise that the PLD bound gives away (section 4.5)."""
+"""Standard deviation, steps, of the part of the noise that the PLD bound gives away (section 4.4)."""
 
 _ORDERS = [*(1 + x / 10 for x in range(10, 110)), *range(12, 65), 128, 256, 512, 1024]
 
@@ -244,7 +244,7 @@ def _pld_epsilon(mechanism: Mechanism, secret_rate: float, known_rate: float, ro
     """epsilon of `rounds` equal rounds; 0 for none.
 
     The mechanism is, up to exp(+-t) a coordinate, a randomised rounding of the continuous one whose variance is less by
-    SMOOTHING^2: what is proved of that one's privacy loss distribution holds for it (section 4.5).
+    SMOOTHING^2: what is proved of that one's privacy loss distribution holds for it (section 4.4).
     """
     if rounds < 0:
         raise ParameterError(f"no number of rounds is {rounds}")
