@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call, grad, vjp, vmap
+from torch.func import grad, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import export.layers.activations
@@ -202,14 +202,14 @@ class _Builder:
         count = len(self.inputs)
         input_names = ["x"] if count == 1 else [f"x{i}" for i in range(count)]
         values = [p.value for p in self.parameters]
-        scalar = torch.ones(())
         if self.unit == "example":
-            extra_names, extra = ["clip"], [scalar]
+            extra_names, extra = ["clip"], [torch.ones(())]
         else:
-            extra_names, extra = ["lr"], [scalar]
+            extra_names, extra = ["lr"], [torch.ones(())]
             if self.proximal:
                 extra_names += ["mu", *(f"anchor.{p.name}" for p in self.trainable)]
-                extra += [scalar, *(p.value for p in self.trainable)]
+                # Tensors of their own: the tracer would take one that comes twice for one input.
+                extra += [torch.ones(()), *(p.value.clone() for p in self.trainable)]
         example = (*values, *self.inputs, self.label, torch.ones(self.batch), *extra)
         output_names: list[str] = []
         report: list[LayerReport] = []
@@ -227,11 +227,15 @@ class _Builder:
         )(*example)
         simplify(train)
 
-        evaluation = _copy_in_eval(self.spec.model)
+        # The same rules as in training: what PyTorch fuses in evaluation mode has no form in either back end.
+        answer = capture_forward(_copy_in_eval(self.spec.model), self.inputs)
+        recorder = Recorder(answer.graph, (), answer.examples)
 
         def forward(*flat: Tensor) -> Tensor:
-            state = dict(zip(names, flat[: len(names)], strict=True))
-            return _first(functional_call(evaluation, state, tuple(flat[len(names) :])))
+            given = dict(zip(names, flat, strict=False))
+            placed = {answer.placeholder_of[n]: v for n, v in given.items() if n in answer.placeholder_of}
+            inputs = dict(zip(answer.examples, flat[len(names) :], strict=True))
+            return recorder.run({**answer.constants, **placed, **inputs}).first_output
 
         with torch.no_grad():
             predict_example = (*values, *self.inputs)
@@ -433,13 +437,6 @@ def _parameters(spec: TrainingSpec) -> list[Parameter]:
         if not any(matches(name, [pattern]) for name in known):
             raise UnsupportedModelError(f"{pattern!r} is no parameter of the model; it has {', '.join(known)}")
     return found
-
-
-def _first(output: Any) -> Tensor:
-    while isinstance(output, tuple | list):
-        output = output[0]
-    result: Tensor = output
-    return result
 
 
 def _has_nan(recording: Recording, name: str) -> bool:

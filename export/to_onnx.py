@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules import common
 from torch import Tensor, fx
+
+from export.errors import UnsupportedModelError
 
 OPSET = 20
 """Served by ONNX Runtime 1.17 and later, which Debian and Raspberry Pi OS ship."""
@@ -44,6 +47,8 @@ def to_onnx(
                 input_names=list(input_names),
                 output_names=list(output_names),
             )
+        except torch.onnx.OnnxExporterError as error:
+            raise UnsupportedModelError(_without_a_form(error)) from error
         finally:
             logger.setLevel(level)
     _optimise(converted.model)
@@ -105,6 +110,21 @@ class _Fold(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         folded = fold_constants_ir(model)
         return ir.passes.PassResult(model, bool(folded.modified))
+
+
+def _without_a_form(error: BaseException) -> str:
+    """Names the operators that stopped the exporter, from the chain of its errors."""
+    chain: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        chain.append(str(cause))
+        cause = cause.__cause__
+    names = sorted(set(re.findall(r"OpOverload\(op='([^']+)'", "\n".join(chain))))
+    what = ", ".join(names) or chain[-1].strip().splitlines()[0]
+    return (
+        f"the training step needs {what}, which has no ONNX form. An operator that ends in _backward belongs to the "
+        "layer of that name: freeze what comes before the layer, or write it in simpler operators."
+    )
 
 
 def _strip(model: onnx.ModelProto) -> None:
