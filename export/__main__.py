@@ -101,7 +101,7 @@ def _build(options: argparse.Namespace) -> int:
             unit=options.unit,
             batch=options.batch,
             proximal=options.proximal,
-            back_ends=back_ends,  # type: ignore[arg-type]
+            back_ends=back_ends,
             progress=lambda stage: status.update({"capture": "capturing the training step"}.get(stage, stage)),
         )
         status.update("timing a step")

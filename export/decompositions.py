@@ -76,16 +76,17 @@ def _join_views(graph: fx.Graph) -> None:
             continue
         if node.target is aten.reshape.default:
             while source.target is aten.reshape.default:
-                source = source.args[0]
+                source = source.all_input_nodes[0]
             if tuple(source.meta["val"].shape) == tuple(after.shape):
                 node.replace_all_uses_with(source)
             else:
                 node.args = (source, list(after.shape))
         elif node.target is aten.permute.default:
-            order = [axis % before.dim() for axis in node.args[1]]
+            axes: Any = node.args[1]
+            order = [axis % before.dim() for axis in axes]
             if source.target is aten.permute.default:
-                inner = source.args[1]
-                order, source = [inner[axis] % before.dim() for axis in order], source.args[0]
+                inner: Any = source.args[1]
+                order, source = [inner[axis] % before.dim() for axis in order], source.all_input_nodes[0]
             if order == sorted(order):
                 node.replace_all_uses_with(source)
             else:

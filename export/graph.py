@@ -26,7 +26,7 @@ from export.decompositions import DECOMPOSITIONS, simplify
 from export.errors import UnsupportedModelError
 from export.forward import aliases, capture_forward
 from export.layers.probe import Draws, probe
-from export.layers.recorder import Layout, NotPerExampleError, Recorder, Recording, Tap, layer_of
+from export.layers.recorder import Layout, NotPerExampleError, Recorder, Recording, Tap, call_target, layer_of
 from export.layers.uses import Dense, Use, guard, merge, to_dense
 from export.losses import Loss, resolve_loss
 
@@ -171,6 +171,9 @@ class _Builder:
                     "Keep logarithms, roots and divisions away from their poles."
                 )
         layouts = probe(self.recorder, values, found, self._losses, self.batch).layouts
+        # Once more with large inputs: a branch that small ones do not take may mix what they do not.
+        large = [{n: x * 30 if x.is_floating_point() else x for n, x in d.items()} for d in (found.first, found.second)]
+        probe(self.recorder, values, Draws(*large, found.first_labels, found.second_labels), self._losses, self.batch)
         self._check_alone(values, found.first, base)
         return layouts
 
@@ -222,9 +225,9 @@ class _Builder:
             output_names[:] = outputs.keys()
             return tuple(outputs.values())
 
-        train = make_fx(
-            step, decomposition_table=DECOMPOSITIONS, tracing_mode="fake", _allow_non_fake_inputs=True
-        )(*example)
+        train = make_fx(step, decomposition_table=DECOMPOSITIONS, tracing_mode="fake", _allow_non_fake_inputs=True)(
+            *example
+        )
         simplify(train)
 
         # The same rules as in training: what PyTorch fuses in evaluation mode has no form in either back end.
@@ -382,10 +385,10 @@ class _Builder:
             env: dict[fx.Node, Any] = {chain[0]: value}
             for node in chain[1:]:
                 args = fx.map_arg(node.args, lambda n: env[n])
-                env[node] = node.target(*args, **node.kwargs)
+                env[node] = call_target(node, *args, **node.kwargs)
             return env[source]
 
-        _, pull = vjp(view, parameter)
+        pull: Any = vjp(view, parameter)[1]
         return Dense(vmap(lambda g: pull(g)[0])(use.g))
 
     def _fallback(
@@ -424,9 +427,9 @@ def _parameters(spec: TrainingSpec) -> list[Parameter]:
         role: Role = "frozen" if frozen else "local" if matches(name, spec.local) else "shared"
         found.append(Parameter(name, role, value.detach().clone()))
     kept = spec.model.state_dict(keep_vars=True).keys()
-    for name, value in spec.model.named_buffers():
+    for name, buffer in spec.model.named_buffers():
         if name in kept:
-            found.append(Parameter(name, "buffer", value.detach().clone()))
+            found.append(Parameter(name, "buffer", buffer.detach().clone()))
     names = aliases(spec.model)
     known = [p.name for p in found] + [name for name, first in names.items() if name != first]
     for name, first in names.items():

@@ -71,13 +71,33 @@ class _NegativeLogLikelihood(torch.autograd.Function):
 
 
 def binary_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
-    """output: (B, ...) scores (before the sigmoid), y: the same shape in [0, 1]; the mean over the rest.
-
-    max(o, 0) - o y + log(1 + exp(-|o|)): no overflow for any score.
-    """
+    """output: (B, ...) scores (before the sigmoid), y: the same shape in [0, 1]; the mean over the rest."""
     _same_shape("binary_cross_entropy", output.shape, y, "the output's shape")
-    y = y.to(output.dtype)
-    return _rest_mean(torch.relu(output) - output * y + torch.log1p(torch.exp(-output.abs())))
+    values: Tensor = _BinaryCrossEntropy.apply(output, y.to(output.dtype))
+    return _rest_mean(values)
+
+
+class _BinaryCrossEntropy(torch.autograd.Function):
+    """max(o, 0) - o y + log(1 + exp(-|o|)), elementwise: no overflow for any score.
+
+    The gradient in its closed form, sigmoid(o) - y: the parts have no derivative at a score of zero, where a last layer
+    that starts at zero puts every score.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(output: Tensor, y: Tensor) -> Tensor:
+        return torch.relu(output) - output * y + torch.log1p(torch.exp(-output.abs()))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        output, y = ctx.saved_tensors
+        return (torch.sigmoid(output) - y) * grad, None
 
 
 def mse(output: Tensor, y: Tensor) -> Tensor:

@@ -708,5 +708,5 @@ def test_reading_and_training_load_neither_torch_nor_onnx():
         "import sys, edge_sdk.bundle, edge_sdk.training.onnx, edge_sdk.training.sampling\n"
         "print([m for m in ('torch', 'onnx', 'onnxscript', 'executorch', 'safetensors') if m in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)  # noqa: S603
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

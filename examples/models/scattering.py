@@ -44,7 +44,8 @@ def low_pass(side: int, step: int) -> Tensor:
     distance = places[:, None] - 2**DEPTH * torch.arange(SIDE // 2**DEPTH)
     g = torch.exp(-distance * distance / (2 * width * width))
     g = torch.where(distance.abs() <= 3 * width, g, 0.0)
-    return (g * step / (math.sqrt(2 * math.pi) * width)).float()
+    weights: Tensor = (g * step / (math.sqrt(2 * math.pi) * width)).float()
+    return weights
 
 
 def morlets(scale: int) -> Tensor:

@@ -32,6 +32,11 @@ def arguments(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any], *na
     return found
 
 
+def operands(node: fx.Node) -> list[Any]:
+    """The node's positional arguments: graph nodes, numbers, lists."""
+    return list(node.args)
+
+
 @handles(aten.linear.default)
 def linear(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     (xn, x), (wn, w), (bn, b) = arguments(node, args, kwargs, "input", "weight", "bias")
@@ -42,7 +47,7 @@ def linear(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mappi
 
 @handles(aten.addmm.default)
 def addmm(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    bn, xn, wn = node.args[:3]
+    bn, xn, wn = operands(node)[:3]
     if kwargs or not (isinstance(xn, fx.Node) and recorder.depends[xn]) or recorder.depends[wn] or args[0].dim() != 1:
         return None
     product = recorder.product(args[1], args[2], source_of(recorder, wn))
@@ -51,7 +56,7 @@ def addmm(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mappin
 
 @handles(aten.mm.default, aten.matmul.default)
 def matmul(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    xn, wn = node.args[:2]
+    xn, wn = operands(node)[:2]
     if not recorder.depends[xn] or recorder.depends[wn] or args[1].dim() != 2 or args[0].dim() < 2:
         return None
     return recorder.product(args[0], args[1], source_of(recorder, wn))
@@ -70,7 +75,7 @@ def embedding(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Ma
 
 @handles(aten.mul.Tensor)
 def mul(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    left, right = node.args[:2]
+    left, right = operands(node)[:2]
     if recorder.depends[left]:
         return recorder.scale(args[0], args[1], source_of(recorder, right))
     return recorder.scale(args[1], args[0], source_of(recorder, left))
@@ -80,7 +85,7 @@ def mul(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mapping[
 def add(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if kwargs.get("alpha", 1) != 1:
         return None
-    left, right = node.args[:2]
+    left, right = operands(node)[:2]
     if recorder.depends[left]:
         return recorder.shift(args[0], args[1], source_of(recorder, right))
     return recorder.shift(args[1], args[0], source_of(recorder, left))
@@ -88,8 +93,7 @@ def add(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mapping[
 
 @handles(aten.sub.Tensor)
 def sub(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    if kwargs or not recorder.depends[node.args[0]]:
+    left, right = operands(node)[:2]
+    if kwargs or not recorder.depends[left]:
         return None
-    return recorder.shift(args[0], args[1], source_of(recorder, node.args[1]), negative=True)
-
-
+    return recorder.shift(args[0], args[1], source_of(recorder, right), negative=True)

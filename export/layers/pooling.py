@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -80,9 +81,10 @@ class _MaxPool(torch.autograd.Function):
             full = torch.stack(rows, 3).reshape(*out.shape[:2], height * sh, width * sw)
             full = F.pad(full, (0, whole[1] - width * sw, 0, whole[0] - height * sh))
         else:
-            full = sum(
+            spread = [
                 _spread(piece, whole, top, left, sh, sw) for piece, (top, left) in zip(pieces, offsets, strict=True)
-            )
+            ]
+            full = functools.reduce(torch.add, spread)
         if ph or pw:
             full = full[:, :, ph : whole[0] - ph, pw : whole[1] - pw]
         return full, None, None, None, None

@@ -8,11 +8,12 @@ changes with both halves mixes examples. The losses are looked at like any other
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from export.errors import UnsupportedModelError
 from export.layers.recorder import Layout, Recorder, layer_of
@@ -68,7 +69,7 @@ def probe(
     for node in recorder.graph.nodes:
         if node.name in changed and node.name not in recorder.examples and _mixes(changed[node.name], bits, batch):
             raise UnsupportedModelError(
-                f"{layer_of(node)}: {node.target} mixes the examples of a batch, so none has a gradient of its own. "
+                f"{layer_of(node)}: {_operator(node)} mixes the examples of a batch, so none has a gradient of its own. "
                 "Normalise, pool or attend within one example only."
             )
     owners = _owners(changed_losses, bits)
@@ -78,6 +79,11 @@ def probe(
             "model's output must have the batch as its first axis, and the loss must treat each of its rows alone."
         )
     return Probed(tuple(_layout(_owners(changes, bits), batch) for changes in tapped))
+
+
+def _operator(node: fx.Node) -> str:
+    """What computed a value; for one of several results, what gave them."""
+    return str(node.args[0].target if node.target is operator.getitem else node.target)  # type: ignore[union-attr]
 
 
 def _replace(chosen: Tensor, new: Tensor, old: Tensor) -> Tensor:

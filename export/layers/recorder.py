@@ -149,7 +149,7 @@ class Recorder:
                 if self._tapped.count(source) < met.count(source):
                     for root in self.roots[source]:
                         self._recording.fallback.setdefault(root, f"{node.target} in {layer_of(node)}")
-        return node.target(*args, **kwargs) if result is None else result
+        return call_target(node, *args, **kwargs) if result is None else result
 
     # What handlers are made of. `source` is the graph node of the parameter or of a view of it; None is not trainable.
 
@@ -199,9 +199,7 @@ class Recorder:
         output = F.linear(x, weight, bias)
         return self.tap(output, [(sources[0], (x,), _outer), (sources[1], (), _last_axis_sum)], placed_as)
 
-    def scale(
-        self, x: Tensor, weight: Tensor, source: fx.Node | None, shape: Sequence[int] | None = None
-    ) -> Tensor:
+    def scale(self, x: Tensor, weight: Tensor, source: fx.Node | None, shape: Sequence[int] | None = None) -> Tensor:
         """x * weight.  shape: what to broadcast the weight as, if not as it is."""
         own, spread = tuple(weight.shape), tuple(weight.shape if shape is None else shape)
 
@@ -317,6 +315,12 @@ def rewrites(*targets: Any) -> Callable[[Handler], Handler]:
         return handler
 
     return register
+
+
+def call_target(node: fx.Node, *args: Any, **kwargs: Any) -> Any:
+    """Run the node's operator."""
+    target: Any = node.target
+    return target(*args, **kwargs)
 
 
 def layer_of(node: fx.Node) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from export.errors import UnsupportedModelError
-from export.layers.linear import arguments, source_of
+from export.layers.linear import arguments, operands, source_of
 from export.layers.recorder import Recorder, aten, layer_of, rewrites
 
 _CLOSED = -1e9
@@ -46,7 +46,7 @@ def recurrent(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Ma
     x, start, weights, has_biases, layers, dropout, train, bidirectional, batch_first = args
     if dropout and train and layers > 1:
         raise UnsupportedModelError(f"{layer_of(node)}: dropout of {dropout} between layers. Set it to 0.")
-    nodes = node.args[2]
+    nodes = operands(node)[2]
     states = [start[0], start[1]] if lstm else [start]
     directions = 2 if bidirectional else 1
     per_layer = 4 if has_biases else 2
@@ -70,7 +70,7 @@ def recurrent(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Ma
     return (out, *(torch.stack(values) for values in finals))
 
 
-_KINDS = {
+_KINDS: dict[Any, str] = {
     aten.gru.input: "gru",
     aten.lstm.input: "lstm",
     aten.rnn_tanh.input: "tanh",

@@ -149,5 +149,5 @@ def test_without_executorch_the_error_says_what_to_do():
         "except ValueError as error:\n"
         "    print(error)\n"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)  # noqa: S603
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "pip install torch executorch, or use edge_sdk.training.onnx" in result.stdout

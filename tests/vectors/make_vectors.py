@@ -1189,8 +1189,12 @@ class Script:
             "bundle": fixed("bundle").hex(),
             "task": "vectors",
             "prekeys": [
-                {"seed": seed.hex(), "expires_s": LATE_S, "offer_sha256": sha256(offer.body),
-                 "signature": offer.signature.hex()}
+                {
+                    "seed": seed.hex(),
+                    "expires_s": LATE_S,
+                    "offer_sha256": sha256(offer.body),
+                    "signature": offer.signature.hex(),
+                }
                 for seed, offer in zip(self.prekey_seeds, self.offers, strict=True)
             ],
             "ticket": signed_json(self.round.signed),
