@@ -172,8 +172,12 @@ class _Builder:
                 )
         layouts = probe(self.recorder, values, found, self._losses, self.batch).layouts
         # Once more with large inputs: a branch that small ones do not take may mix what they do not.
-        large = [{n: x * 30 if x.is_floating_point() else x for n, x in d.items()} for d in (found.first, found.second)]
-        probe(self.recorder, values, Draws(*large, found.first_labels, found.second_labels), self._losses, self.batch)
+        first, second = (
+            {n: x * 30 if x.is_floating_point() else x for n, x in drawn.items()}
+            for drawn in (found.first, found.second)
+        )
+        large = Draws(first, second, found.first_labels, found.second_labels)
+        probe(self.recorder, values, large, self._losses, self.batch)
         self._check_alone(values, found.first, base)
         return layouts
 
