@@ -220,7 +220,7 @@ def test_a_local_gradient_that_is_not_finite_does_not_spoil_the_local_sum() -> N
 
 
 def test_a_gradient_whose_square_overflows_does_not_count() -> None:
-    spec = TrainingSpec(nn.Linear(3, 1), lambda out, y: (out[:, 0] * 1e25), [torch.zeros(3)], torch.zeros(()))
+    spec = TrainingSpec(nn.Linear(3, 1), lambda out, y: out[:, 0] * 1e25, [torch.zeros(3)], torch.zeros(()))
     captured = Captured(spec)
     batch = draw_batch(spec, captured.step, SIZE)
     for run in captured.runners.values():
@@ -303,7 +303,9 @@ def test_shared_local_frozen_and_unused_parameters_each_get_what_is_theirs() -> 
             return self.head(h)[:, self.order]
 
     torch.manual_seed(0)
-    spec = TrainingSpec(Personal(), "cross_entropy", [torch.zeros(5)], CLASS, local=("head",), frozen=("frozen.weight",))
+    spec = TrainingSpec(
+        Personal(), "cross_entropy", [torch.zeros(5)], CLASS, local=("head",), frozen=("frozen.weight",)
+    )
     step = check(spec, onnx=True)
     roles = {p.name: p.role for p in step.parameters}
     assert roles["head.weight"] == roles["head.bias"] == "local"

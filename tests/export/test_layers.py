@@ -19,6 +19,7 @@ from export.graph import TrainingSpec  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
 CLASS = torch.zeros((), dtype=torch.long)
+FRAMES = torch.zeros(3, 2, 6, 5)
 ON_THE_FALLBACK = (
     "bilinear", "weight_norm", "a weight computed", "divided by", "learned", "with a factor", "from the other side",
     "two tables",
@@ -28,7 +29,9 @@ ON_THE_FALLBACK = (
 class Then(nn.Module):
     """A trainable layer, the layer under test, and a linear classifier: gradients pass through all three."""
 
-    def __init__(self, first: nn.Module, layer: nn.Module, example: Tensor, pick: Callable[[Any], Tensor] | None = None):
+    def __init__(
+        self, first: nn.Module, layer: nn.Module, example: Tensor, pick: Callable[[Any], Tensor] | None = None
+    ):
         super().__init__()
         self.first, self.layer, self.pick = first, layer, pick
         self.last = nn.Linear(self._features(example[None]).shape[1], 3)
@@ -332,11 +335,10 @@ CASES: dict[str, Callable[[], TrainingSpec]] = {
     "conv2d, used twice": lambda: on_images(Twice(nn.Conv2d(4, 4, 3, padding=1))),
     "conv2d, pointwise, used twice": lambda: on_images(Twice(nn.Conv2d(4, 4, 1))),
     "conv2d, frames": lambda: TrainingSpec(
-        Then(nn.Identity(), Frames(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 1))), torch.zeros(3, 2, 6, 5)),
-        "cross_entropy", [torch.zeros(3, 2, 6, 5)], CLASS),
+        Then(nn.Identity(), Frames(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 1))), FRAMES),
+        "cross_entropy", [FRAMES], CLASS),
     "conv2d, frames, examples fast": lambda: TrainingSpec(
-        Then(nn.Identity(), Frames(nn.Conv2d(2, 3, 3), last=True), torch.zeros(3, 2, 6, 5)),
-        "cross_entropy", [torch.zeros(3, 2, 6, 5)], CLASS),
+        Then(nn.Identity(), Frames(nn.Conv2d(2, 3, 3), last=True), FRAMES), "cross_entropy", [FRAMES], CLASS),
     "conv1d": lambda: on_signals(nn.Conv1d(4, 3, 3)),
     "conv1d, stride, padding, dilation": lambda: on_signals(nn.Conv1d(4, 3, 3, stride=2, padding=3, dilation=2)),
     "conv1d, same, uneven": lambda: on_signals(nn.Conv1d(4, 3, 4, padding="same")),
@@ -419,7 +421,8 @@ CASES: dict[str, Callable[[], TrainingSpec]] = {
     "gru": lambda: on_sequences(nn.GRU(6, 5, batch_first=True), pick=first),
     "gru, last state": lambda: on_sequences(nn.GRU(6, 5, batch_first=True), pick=lambda y: y[1][-1]),
     "gru, time first": lambda: on_sequences(TimeFirst(nn.GRU(6, 5))),
-    "gru, two layers, both ways": lambda: on_sequences(nn.GRU(6, 3, 2, batch_first=True, bidirectional=True), pick=first),
+    "gru, two layers, both ways": lambda: on_sequences(
+        nn.GRU(6, 3, 2, batch_first=True, bidirectional=True), pick=first),
     "gru, no bias": lambda: on_sequences(nn.GRU(6, 5, bias=False, batch_first=True), pick=first),
     "gru, one step": lambda: on_sequences(nn.GRU(6, 5, batch_first=True), (1, 6), first),
     "gru, one step, examples fast": lambda: on_sequences(
@@ -464,8 +467,8 @@ IN_ONNX = (
     "conv2d, depthwise, dilation", "conv2d, pointwise", "conv2d, reflecting padding", "conv2d, frames, examples fast",
     "conv1d, stride, padding, dilation", "embedding, padding", "embedding, tied to the scores", "embedding, two tables",
     "layer norm", "group norm", "rms norm", "instance norm, affine", "batch norm, fixed", "scale, shift of one number",
-    "scale, shift by step", "divided by", "views that overlap", "a view by split", "weight_norm", "attention, time first",
-    "attention, padding", "sdpa, a query that sees nothing", "learned token and positions", "gru, learned state",
+    "scale, shift by step", "divided by", "views that overlap", "a view by split", "weight_norm",
+    "attention, time first", "attention, padding", "sdpa, a query that sees nothing", "learned token and positions", "gru, learned state",
     "lstm, time first", "rnn", "max pool, padding", "max pool, dilation", "max pool, signals",
     "average pool, overlapping", "average pool, divisor", "adaptive pool", "overwritten", "straight through",
 )  # fmt: skip
@@ -477,8 +480,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "Softplus": nn.Softplus, "Softsign": nn.Softsign, "Mish": nn.Mish, "Hardswish": nn.Hardswish,
     "Hardsigmoid": nn.Hardsigmoid, "Hardtanh": nn.Hardtanh, "Softmax": lambda: nn.Softmax(-1),
     "LogSoftmax": lambda: nn.LogSoftmax(1), "PReLU": nn.PReLU, "PReLU by channel": lambda: nn.PReLU(6),
-    "GLU": lambda: nn.GLU(1), "Threshold": lambda: nn.Threshold(0.0, 0.0), "Threshold up": lambda: nn.Threshold(0.3, 2.0),
-    "LogSigmoid": nn.LogSigmoid, "Tanhshrink": nn.Tanhshrink, "Hardshrink": nn.Hardshrink, "Softshrink": nn.Softshrink,
+    "GLU": lambda: nn.GLU(1), "Threshold": lambda: nn.Threshold(0.0, 0.0),
+    "Threshold up": lambda: nn.Threshold(0.3, 2.0), "LogSigmoid": nn.LogSigmoid, "Tanhshrink": nn.Tanhshrink, "Hardshrink": nn.Hardshrink, "Softshrink": nn.Softshrink,
 }  # fmt: skip
 
 
@@ -494,7 +497,7 @@ class Bank(nn.Module):
 
 
 def banks(cases: Collection[str], most: int) -> dict[str, list[str]]:
-    """Cases that take the same input, together: one graph of many layers takes a fraction of the time of many graphs."""
+    """Cases that take the same input, together: one graph of many layers takes a fraction of many graphs' time."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name in cases:
         with warnings.catch_warnings():
