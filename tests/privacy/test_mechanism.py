@@ -230,6 +230,7 @@ def test_sensitivities_of_both_units_by_hand():
     assert device.sensitivity == 3.0
     assert device.beta == CONDITIONAL_BETA == pytest.approx(math.exp(-0.5))
     assert device.sensitivity_steps == pytest.approx(math.sqrt(36 + 25 + 6 + 5))
+    assert device.sensitivity_steps > math.sqrt(72) * (1 + 1e-10)  # room for the rotation's rounding
     assert device.noise_multiplier == pytest.approx(100 / math.sqrt(72))
     example = Mechanism("example", 97, 3.0, 0.5, 100.0, 4, 18, metric_scale=2.0, loss_bound=4.0)
     assert example.length == 100

@@ -123,8 +123,8 @@ def test_bin_times_place_times_coin_is_the_discrete_gaussian_to_100_bits(numerat
 class Chosen:
     """A stream whose places and coins are given."""
 
-    def __init__(self, places, coins):
-        self.places, self.coins, self.later = places, coins, []
+    def __init__(self, places, coins, low=0):
+        self.places, self.coins, self.low, self.later = places, coins, low, []
 
     def read(self, count):
         assert count == 4 * len(self.places)
@@ -133,7 +133,7 @@ class Chosen:
     def words64(self, count):
         if self.coins is None:
             self.later.append(count)
-            return np.zeros(count, dtype="<u8")
+            return np.full(count, self.low, dtype="<u8")
         coins, self.coins = self.coins, None
         return np.array(coins, dtype="<u8")
 
@@ -198,6 +198,9 @@ def test_a_coin_next_to_the_threshold_is_settled_by_the_exact_comparison(numerat
     stream = Chosen([width - 1] * 7, [top + offset for offset in offsets])
     assert sampler._proposals(stream, 7).tolist() == [x] * 4  # up to the threshold itself
     assert stream.later == [5]
+    low = threshold & ((1 << 64) - 1)
+    for more, kept in [(low - 1, 1), (low + 1, 0)]:  # the first 64 bits agree with the threshold
+        assert len(with_bins(numerator, denominator, [1])._proposals(Chosen([width - 1], [top], more), 1)) == kept
     assert sampler.accepts(x, width, threshold)
     assert not sampler.accepts(x, width, threshold + 1)
 
@@ -214,6 +217,7 @@ def test_acceptance_stays_within_the_margin_of_float64():
     ("numerator", "denominator", "digest"),
     [
         (9, 2, "2e1fb90819d8e9b4"),
+        (17, 2, "650b2022da60b5fa"),
         (30, 1, "720e35f359225e81"),
         (12345678, 1000, "31edc27d062b6cc1"),
         (100_000, 1, "2ff88b9e502b6450"),

@@ -151,6 +151,11 @@ def test_a_vector_that_the_bound_was_not_made_for_is_refused():
     with pytest.raises(ParameterError, match=r"norm below 1\.5"):
         round_conditionally(np.array([5.0]), 1.5, KeyStream(KEY))
     assert round_conditionally(np.array([5.0]), 5.0001, KeyStream(KEY)).tolist() == [5]
+    with pytest.raises(
+        ParameterError
+    ):  # at the bound to the last bit: float64's sum of squares cannot be trusted so far
+        round_conditionally(np.array([3.0, 4.0]), 5.0, KeyStream(KEY))
+    assert round_conditionally(np.array([3.0, 4.0]), 5.0 * (1 + 1e-9), KeyStream(KEY)).tolist() == [3, 4]
 
 
 def test_neighbouring_sums_rounded_with_the_same_coins_differ_by_a_rounding_of_the_one_gradient():
