@@ -111,20 +111,26 @@ def test_a_coin_that_readers_know_mixes_over_how_often_it_fell():
     assert delta <= DELTA
 
 
-@pytest.mark.parametrize("multiplier", [1.0, 3.0])
-def test_the_exact_epsilon_of_the_discrete_mechanism_is_never_above_the_pld_figure(multiplier):
-    # One coordinate, the coarsest noise there is: two shares of 2 steps. Integer shifts up to what one unit adds.
-    m = Mechanism(unit="device", dimension=1, clip=1.0, granularity=1.0, sigma=2.9, honest=2, modulus_bits=22)
-    m = replace(m, granularity=m.clip * multiplier / 4.0, sigma=4.0)
-    figures = planned(m, Sampling(), 1, 1, 1e-3)
-    x = np.arange(-60, 61)
+@pytest.mark.parametrize("shift", [1, 2, 3])
+def test_the_exact_epsilon_of_the_discrete_mechanism_is_never_above_the_pld_figure(shift):
+    # One coordinate, the coarsest noise there is: two shares of 2 steps. Its delta is above the continuous one's.
+    m = Mechanism(unit="device", dimension=1, clip=1.0, granularity=1.0, sigma=2.83, honest=2, modulus_bits=22)
+    before = (math.sqrt(4 * shift**2 - 2) - 1) / 2  # c^2 + c + 3/4 = shift^2: rounded, one unit adds just `shift`
+    m = replace(m, granularity=1 / (before * (1 + 1e-8)))
+    assert m.sensitivity_steps == pytest.approx(shift, rel=1e-6)
+    x = np.arange(-40, 41)
     share = np.exp(-(x**2) / (2 * m.share_sigma**2))
     share /= share.sum()
     noise = np.convolve(share, share)
-    epsilon = figures.coordinator.epsilon
-    for shift in range(1, math.floor(m.sensitivity_steps) + 1):
-        exact = np.maximum(noise[:-shift] - math.exp(epsilon) * noise[shift:], 0).sum()
-        assert exact <= 1e-3
+
+    def exact_delta(epsilon):
+        return np.maximum(noise[:-shift] - math.exp(epsilon) * noise[shift:], 0).sum()
+
+    deltas = (1e-2, 1e-3, 1e-4, 1e-5)
+    for delta in deltas:
+        assert exact_delta(planned(m, Sampling(), 1, 1, delta).coordinator.epsilon) <= delta
+    continuous = privacy_loss_distribution.from_gaussian_mechanism(m.noise_multiplier)
+    assert any(exact_delta(continuous.get_epsilon_for_delta(delta)) > delta for delta in deltas)
 
 
 def test_no_rounds_cost_nothing_and_a_negative_number_is_refused():

@@ -93,6 +93,13 @@ def test_groups_do_not_change_what_one_device_pays_and_each_carries_the_full_noi
     assert "4 groups with the full noise each" in str(four)
 
 
+def test_a_group_has_room_for_its_corrupt_devices_beside_the_honest_ones():
+    target = Target(readers=Budget(8.0, 1e-6))
+    make_plan(PHONES, replace(THOUSANDS, honest=340, corrupt=5), target)
+    with pytest.raises(ParameterError, match=r"h \+ F = 360 contributors, and may have only 350"):
+        make_plan(PHONES, replace(THOUSANDS, honest=340, corrupt=20), target)
+
+
 def test_more_devices_than_asked_for_are_pointed_out():
     assert "raising `honest`" in str(make_plan(PHONES, THOUSANDS, Target(readers=Budget(8.0, 1e-6))))
     assert "raising `honest`" not in str(demo())

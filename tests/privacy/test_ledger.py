@@ -414,6 +414,17 @@ def test_a_changed_byte_anywhere_is_damage_and_never_a_shorter_ledger(three, fas
         assert path.read_bytes() == changed
 
 
+def test_a_record_of_zeros_before_others_is_damage_and_nothing_is_cut(three):
+    path, _ = three
+    whole = path.read_bytes()
+    for start, end in ((1024, 1536), (1536 - 32, 1536), (512, 1024)):
+        holed = whole[:start] + bytes(end - start) + whole[end:]
+        put(path, holed)
+        with pytest.raises(LedgerDamaged):
+            open_ledger(path)
+        assert path.read_bytes() == holed
+
+
 def test_entries_in_another_order_are_damage(three):
     path, _ = three
     whole = path.read_bytes()

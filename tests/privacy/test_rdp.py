@@ -282,6 +282,27 @@ def test_the_filter_takes_nearly_as_many_equal_rounds_as_planning_them_would(mul
     assert (one * (rounds + 1)).epsilon(1e-5) <= 1.03 * epsilon
 
 
+def test_a_filter_stops_at_its_budget_and_not_beside_it():
+    one = against_readers(Noise(3.0), "example", "example", Sampling(example=0.3)) * 40
+    needed = Filter(Budget(1.0, 1e-4), 6, AgainstReaders()).epsilon_of(one)
+    Filter(Budget(needed * (1 + 1e-9), 1e-4), 6, AgainstReaders()).spend(one)
+    with pytest.raises(BudgetExceeded):
+        Filter(Budget(needed * (1 - 1e-9), 1e-4), 6, AgainstReaders()).spend(one)
+
+
+@given(st.floats(1e-6, 1e6), rates, st.sampled_from(ORDERS))
+def test_the_larger_direction_is_the_one_that_the_curve_takes(ratio, rate, order):
+    # The inequality behind Theorem 5 of Mironov, Talwar and Zhang 2019, pointwise in the density ratio r and 1/r,
+    # which an exchange of the two distributions makes equally weighted (weights 1 and r).
+    def mixed(r):
+        return math.log1p(rate * (r - 1)) if r > 0.5 else math.log(1 - rate + rate * r)
+
+    there, back = mixed(ratio), mixed(1 / ratio)
+    forward = np.logaddexp(order * there, math.log(ratio) + order * back)
+    reverse = np.logaddexp((1 - order) * there, math.log(ratio) + (1 - order) * back)
+    assert forward >= reverse - 1e-9 * (1 + abs(forward))
+
+
 def test_an_untouched_filter_has_spent_nothing():
     assert Filter.for_rounds(Budget(1.0, 1e-6), AgainstReaders()).epsilon == 0.0
 
