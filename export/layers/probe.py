@@ -69,8 +69,8 @@ def probe(
     for node in recorder.graph.nodes:
         if node.name in changed and node.name not in recorder.examples and _mixes(changed[node.name], bits, batch):
             raise UnsupportedModelError(
-                f"{layer_of(node)}: {_operator(node)} mixes the examples of a batch, so none has a gradient of its own. "
-                "Normalise, pool or attend within one example only."
+                f"{layer_of(node)}: {_operator(node)} mixes the examples of a batch, so none has a gradient of its "
+                "own. Normalise, pool or attend within one example only."
             )
     owners = _owners(changed_losses, bits)
     if _mixes(changed_losses, bits, batch) or not ((owners == numbers) | (owners == _UNKNOWN)).all():
