@@ -468,8 +468,8 @@ IN_ONNX = (
     "conv1d, stride, padding, dilation", "embedding, padding", "embedding, tied to the scores", "embedding, two tables",
     "layer norm", "group norm", "rms norm", "instance norm, affine", "batch norm, fixed", "scale, shift of one number",
     "scale, shift by step", "divided by", "views that overlap", "a view by split", "weight_norm",
-    "attention, time first", "attention, padding", "sdpa, a query that sees nothing", "learned token and positions", "gru, learned state",
-    "lstm, time first", "rnn", "max pool, padding", "max pool, dilation", "max pool, signals",
+    "attention, time first", "attention, padding", "sdpa, a query that sees nothing", "learned token and positions",
+    "gru, learned state", "lstm, time first", "rnn", "max pool, padding", "max pool, dilation", "max pool, signals",
     "average pool, overlapping", "average pool, divisor", "adaptive pool", "overwritten", "straight through",
 )  # fmt: skip
 """A part of the cases: making ONNX of a graph takes 6 ms a node."""
@@ -481,7 +481,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "Hardsigmoid": nn.Hardsigmoid, "Hardtanh": nn.Hardtanh, "Softmax": lambda: nn.Softmax(-1),
     "LogSoftmax": lambda: nn.LogSoftmax(1), "PReLU": nn.PReLU, "PReLU by channel": lambda: nn.PReLU(6),
     "GLU": lambda: nn.GLU(1), "Threshold": lambda: nn.Threshold(0.0, 0.0),
-    "Threshold up": lambda: nn.Threshold(0.3, 2.0), "LogSigmoid": nn.LogSigmoid, "Tanhshrink": nn.Tanhshrink, "Hardshrink": nn.Hardshrink, "Softshrink": nn.Softshrink,
+    "Threshold up": lambda: nn.Threshold(0.3, 2.0), "LogSigmoid": nn.LogSigmoid,
+    "Tanhshrink": nn.Tanhshrink, "Hardshrink": nn.Hardshrink, "Softshrink": nn.Softshrink,
 }  # fmt: skip
 
 
