@@ -58,14 +58,9 @@ def to_executorch(graph: fx.GraphModule, example: Sequence[Tensor], backend: Bac
         from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
         from executorch.exir.passes import MemoryPlanningPass
 
-        if backend == "xnnpack":
-            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-
-            partitioner = [XnnpackPartitioner(configs=_configs())]
-        elif backend == "portable":
-            partitioner = []
-        else:
+        if backend not in ("xnnpack", "portable"):
             raise UnsupportedModelError(f"no ExecuTorch back end is called {backend!r}: use xnnpack or portable")
+        partitioner = [_partitioner()] if backend == "xnnpack" else []
         program = torch.export.export(lower(graph, example), tuple(example))
         edge = to_edge_transform_and_lower(program, partitioner=partitioner, compile_config=EdgeCompileConfig())
         # Inputs and outputs stay where the caller has them: parameters are not copied in and out at every step.
@@ -73,10 +68,11 @@ def to_executorch(graph: fx.GraphModule, example: Sequence[Tensor], backend: Bac
         return bytes(edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning)).buffer)
 
 
-def _configs() -> list[Any]:
+def _partitioner() -> Any:
     """XNNPACK's rules for what it takes, less what it would refuse when the program is loaded, and less what it would
     only copy: a change of shape is free outside of a delegate, where tensors share their memory."""
     from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
     def ranks_fit(node: fx.Node) -> bool:
         values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
@@ -97,7 +93,11 @@ def _configs() -> list[Any]:
 
         return Narrowed
 
-    return [narrowed(config) for config in ALL_PARTITIONER_CONFIGS]
+    class Partitioner(XnnpackPartitioner):  # type: ignore[misc]
+        def ops_to_not_decompose(self, ep: Any) -> tuple[list[Any], None]:
+            return [], None  # nothing is left that would be decomposed; to ask so costs three passes over the graph
+
+    return Partitioner(configs=[narrowed(config) for config in ALL_PARTITIONER_CONFIGS])
 
 
 @contextmanager
