@@ -42,6 +42,7 @@ for _kept in (aten.addmm.default,):
     DECOMPOSITIONS.pop(_kept, None)
 
 _IDENTITY = (aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default)
+_RESHAPES = (aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims)
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
@@ -74,13 +75,13 @@ def _join_views(graph: fx.Graph) -> None:
         after = node.meta.get("val")
         if not isinstance(before, Tensor) or not isinstance(after, Tensor):
             continue
-        if node.target is aten.reshape.default:
-            while source.target is aten.reshape.default:
+        if node.target in _RESHAPES:
+            while source.target in _RESHAPES and isinstance(source.all_input_nodes[0].meta.get("val"), Tensor):
                 source = source.all_input_nodes[0]
             if tuple(source.meta["val"].shape) == tuple(after.shape):
                 node.replace_all_uses_with(source)
-            else:
-                node.args = (source, list(after.shape))
+            elif source is not node.args[0]:
+                node.target, node.args = aten.reshape.default, (source, list(after.shape))
         elif node.target is aten.permute.default:
             axes: Any = node.args[1]
             order = [axis % before.dim() for axis in axes]

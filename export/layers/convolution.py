@@ -281,13 +281,17 @@ def _depthwise_kernel_gradients(
     dilation: tuple[int, ...],
 ) -> Tensor:
     """(B, C, 1, kh, kw): for each place in the kernel, the shifted input times the output gradient, summed."""
-    batch, channels, rows, width = grad.shape
+    batch, channels, rows, _ = grad.shape
     columns = _depthwise_columns(x, kernel, stride, padding, dilation)
-    g = _batch_last(grad).reshape(channels, rows * width, batch)
-    sums = []
-    for i in range(kernel[0]):
-        top = i * dilation[0]
-        for j in range(kernel[1]):
-            window = columns[:, j, top : top + (rows - 1) * stride[0] + 1 : stride[0]]
-            sums.append((window.reshape(channels, rows * width, batch) * g).sum(1))
-    return torch.stack(sums, 2).permute(1, 0, 2).reshape(batch, channels, 1, *kernel)
+    height, starts = columns.shape[2], [i * dilation[0] for i in range(kernel[0])]
+    g = _batch_last(grad)
+    if stride[0] == 1:
+        # The gradient is shifted rather than the input, of which there is a copy for each column of the kernel.
+        reach = height - rows
+        g = F.pad(g, (0, 0, reach, reach))
+        pairs = [(columns, g[:, reach - start : reach - start + height]) for start in starts]
+    else:
+        last = (rows - 1) * stride[0] + 1
+        pairs = [(columns[:, :, start : start + last : stride[0]], g) for start in starts]
+    sums = [(x.reshape(channels, kernel[1], -1, batch) * b.reshape(channels, 1, -1, batch)).sum(2) for x, b in pairs]
+    return torch.stack(sums, 1).permute(3, 0, 1, 2).reshape(batch, channels, 1, *kernel)
