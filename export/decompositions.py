@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,31 @@ def _hardtanh_backward(grad: Tensor, self: Tensor, min_val: float, max_val: floa
     return grad * ((self > min_val) & (self < max_val)).to(grad.dtype)
 
 
+def _select_backward(grad: Tensor, input_sizes: Sequence[int], dim: int, index: int) -> Tensor:
+    """PyTorch's own is a selection between the gradient and zeros as large as the input, which the file then holds."""
+    dim, rank = dim % len(input_sizes), len(input_sizes)
+    index %= input_sizes[dim]
+    return _padded(grad.unsqueeze(dim), dim, index, input_sizes[dim] - index - 1, rank)
+
+
+def _slice_backward(grad: Tensor, input_sizes: Sequence[int], dim: int, start: int, end: int, step: int) -> Tensor:
+    """Likewise."""
+    dim, rank = dim % len(input_sizes), len(input_sizes)
+    size, length = input_sizes[dim], grad.shape[dim]
+    start = max(start + size, 0) if start < 0 else min(start, size)
+    if step > 1:
+        spread = _padded(grad.unsqueeze(dim + 1), dim + 1, 0, step - 1, rank + 1).flatten(dim, dim + 1)
+        length = max((length - 1) * step + 1, 0)
+        grad = spread.narrow(dim, 0, length)
+    return _padded(grad, dim, start, size - start - length, rank)
+
+
+def _padded(values: Tensor, dim: int, before: int, after: int, rank: int) -> Tensor:
+    return (
+        aten.constant_pad_nd.default(values, [0, 0] * (rank - dim - 1) + [before, after]) if before or after else values
+    )
+
+
 def _copy(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
     """`src` as `self`: the ONNX exporter forgets to broadcast it."""
     return src.to(self.dtype).expand(self.shape)
@@ -36,6 +61,8 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     **core_aten_decompositions(),
     aten.threshold_backward.default: _threshold_backward,
     aten.hardtanh_backward.default: _hardtanh_backward,
+    aten.select_backward.default: _select_backward,
+    aten.slice_backward.default: _slice_backward,
     aten.copy.default: _copy,
 }
 for _kept in (aten.addmm.default,):

@@ -42,8 +42,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, STEPS, WIDTH) -> the same shape."""
         batch, steps, _ = x.shape
-        heads = self.inputs(x).reshape(batch, steps, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
+        parts = self.inputs(x).reshape(batch, steps, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
+        queries, keys, values = parts.unbind(0)
+        mixed = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         out: Tensor = self.outputs(mixed.transpose(1, 2).reshape(batch, steps, WIDTH))
         return out
 
