@@ -672,7 +672,9 @@ def _where(rewriter: _Rewriter, node: fx.Node, args: Sequence[Any], kwargs: dict
 
 
 def _is_zero(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target is aten.full.default and bool(node.args[1] == 0)
+    if not isinstance(node, fx.Node):
+        return False
+    return node.target is aten.zeros.default or (node.target is aten.full.default and bool(node.args[1] == 0))
 
 
 @_rule(operator.getitem)
