@@ -48,6 +48,9 @@ def expected(
 ) -> Expected:
     """inputs: (B, ...) each.  labels: (B, ...)."""
     model = copy.deepcopy(spec.model).to(dtype)
+    for module in model.modules():
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+            module.register_forward_hook(_with_contiguous_gradient)
     state = {p.name: as_dtype(p.value, dtype) for p in step.parameters}
     names = [p.name for p in step.parameters if p.role in ("shared", "local")]
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -68,6 +71,15 @@ def expected(
     shared = [p.name for p in step.parameters if p.role == "shared"]
     squares = torch.stack([gradients[name].reshape(len(losses), -1).square().sum(1) for name in shared])
     return Expected(gradients, torch.stack(losses), torch.tensor(correct, dtype=dtype), squares.sum(0).sqrt())
+
+
+def _with_contiguous_gradient(module: nn.Module, args: object, output: Tensor) -> None:
+    """torch 2.13.0 on a CPU reads an instance norm's output gradient in the wrong order if that is channels last.
+
+    F.instance_norm(x, bias=b) with such a gradient g then gives b a gradient that is not g.sum((0, 2, 3)).
+    """
+    if output.requires_grad:
+        output.register_hook(lambda g: g.contiguous())
 
 
 def _cross_entropy(output: Tensor, y: Tensor) -> Tensor:

@@ -416,13 +416,6 @@ def test_captured_parameters_do_not_follow_the_model() -> None:
     assert torch.equal(step.parameters[0].value, before)
 
 
-def test_the_same_model_gives_the_same_graph() -> None:
-    one, two = (capture(mixed(), "example", 3) for _ in range(2))
-    assert one.train.code == two.train.code
-    assert one.predict.code == two.predict.code
-    assert one.report == two.report
-
-
 class Answer(nn.Module):
     """Dropout, a fixed BatchNorm, tied weights, attention, recurrence: what evaluation mode changes or may fuse."""
 
