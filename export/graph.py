@@ -26,13 +26,28 @@ from export.decompositions import DECOMPOSITIONS, simplify
 from export.errors import UnsupportedModelError
 from export.forward import aliases, capture_forward
 from export.layers.probe import Draws, probe
-from export.layers.recorder import Layout, NotPerExampleError, Recorder, Recording, Tap, call_target, layer_of
+from export.layers.recorder import (
+    INJECTIVE_VIEWS,
+    Layout,
+    NotPerExampleError,
+    Recorder,
+    Recording,
+    Tap,
+    aten,
+    call_target,
+    layer_of,
+)
 from export.layers.uses import Dense, Use, guard, merge, to_dense
 from export.losses import Loss, resolve_loss
 
 Unit = Literal["device", "example"]
 Role = Literal["shared", "local", "frozen", "buffer"]
 _DTYPES = (torch.float32, torch.int64, torch.int32)
+_PRODUCTS = {
+    aten.linear.default: 1, aten.matmul.default: 1, aten.mm.default: 1, aten.addmm.default: 2,
+    aten.conv1d.default: 1, aten.conv2d.default: 1, aten.conv1d.padding: 1, aten.conv2d.padding: 1,
+}  # fmt: skip
+"""Products, and which argument is the weight."""
 _LARGEST = 3.0e38  # below float32's largest: what is above it, or NaN, does not count
 
 
@@ -290,6 +305,12 @@ class _Builder:
         clipping = self.unit == "example"
         squared = torch.stack([uses[p.name].squared_norms() for p in shared]).sum(0) if clipping else losses.abs()
         finite = [uses[p.name].bounds() for p in self.trainable if not (clipping and p.role == "shared")]
+        # Nor does every gradient: frozen layers may swallow it first (a run time's exp of NaN may be 0).
+        finite += [
+            (x - x).reshape(self.batch, -1).sum(1)
+            for node, x in zip(self.example_nodes, inputs, strict=True)
+            if x.is_floating_point() and not self._enters_a_trained_product(node)
+        ]
         counted = (mask > 0) & (torch.stack([squared, losses.abs(), *finite]).sum(0) <= _LARGEST)
         if clipping:
             clip = scalars[0]
@@ -325,6 +346,20 @@ class _Builder:
             "clipped": clipped,
             "invalid": (mask > 0).to(losses.dtype).sum() - total,
         }
+
+    def _enters_a_trained_product(self, example: str) -> bool:
+        """Whether an input goes only into a product with a trained weight: its NaN is in that gradient's norm then."""
+        (node,) = (n for n in self.recorder.graph.nodes if n.name == example)
+        while len(node.users) == 1:
+            (user,) = node.users
+            if user.target in INJECTIVE_VIEWS:
+                node = user
+                continue
+            if user.target not in _PRODUCTS:
+                return False
+            weight = user.args[_PRODUCTS[user.target]]
+            return weight is not node and bool(self.recorder.roots[weight]) and not self.recorder.depends[weight]
+        return False
 
     def _uses(
         self, recording: Recording, losses: Tensor, values: Mapping[str, Tensor], report: list[LayerReport]

@@ -237,6 +237,33 @@ def test_an_example_that_is_not_finite_is_counted_and_contributes_nothing(name: 
             assert torch.equal(found[key], wanted[key]), key
 
 
+class Decay(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.exp(-x)
+
+
+def test_a_nan_that_frozen_layers_swallow_is_seen_at_the_input() -> None:
+    """XNNPACK's exp of NaN is 0, and its maximum of NaN and 0 may be 0: behind them, everything is finite."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), Decay(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 5))
+    spec = TrainingSpec(model, "cross_entropy", [torch.zeros(1, 6, 6)], torch.zeros((), dtype=torch.long), frozen=["0"])
+    step = capture(spec, "example", BATCH)
+    program = to_executorch(step.train, step.train_example)
+    small = Built(spec, step, program, load(program))
+    batch = draw_batch(spec, step, BATCH)
+    spoilt = batch.inputs[0].clone()
+    spoilt[3, 0, 2, 2] = float("nan")
+    spoilt[5] = float("inf")
+    mask = batch.mask.clone()
+    mask[3] = mask[5] = 0
+    wanted = small.outputs(replace(batch, mask=mask), 0.5)
+    found = small.outputs(replace(batch, inputs=(spoilt,)), 0.5)
+    assert found["invalid"] == 2
+    for key in wanted:
+        if key != "invalid":
+            assert torch.equal(found[key], wanted[key]), key
+
+
 @pytest.mark.parametrize("name", ["mlp", "lenet"])
 def test_a_batch_of_which_nothing_counts_gives_zeros(name: str) -> None:
     model = built(name)
