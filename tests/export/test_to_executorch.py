@@ -333,7 +333,7 @@ def rewritten(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[fx.Grap
 geometries = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3),
     geometries, geometries, st.tuples(st.integers(0, 2), st.integers(0, 2)), geometries,
@@ -368,7 +368,7 @@ def test_convolutions_of_any_geometry_are_products_of_columns(batch, groups, c, 
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(geometries, st.tuples(st.integers(1, 3), st.integers(1, 3)), st.booleans(), geometries)
 def test_max_pooling_of_any_geometry_is_a_maximum_of_windows(kernel, stride, padded, dilation):
     x = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(0))
@@ -382,7 +382,7 @@ def test_max_pooling_of_any_geometry_is_a_maximum_of_windows(kernel, stride, pad
     assert torch.equal(found, pool(x))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(-9, 9), st.integers(-9, 12), st.integers(1, 3)), max_size=4))
 def test_chains_of_slices_become_one_copy(slices):
     x = torch.arange(2 * 9 * 8.0).reshape(2, 9, 8)
@@ -468,7 +468,7 @@ def test_rows_that_do_not_count_are_replaced_and_no_other_value_moves() -> None:
     assert aten.embedding.default in {node.target for node in lowered.graph.nodes}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.sets(st.integers(0, 3), min_size=1), st.booleans(), st.sampled_from([torch.sum, torch.mean]))
 def test_reductions_over_any_axes_keep_their_shape_and_value(dims, keep, reduction):
     x = torch.randn(3, 4, 2, 5, generator=torch.Generator().manual_seed(0))
@@ -481,7 +481,7 @@ def test_reductions_over_any_axes_keep_their_shape_and_value(dims, keep, reducti
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.booleans(), st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_products_are_the_same_whichever_operand_is_transposed(m, k, n, left, right):
     generator = torch.Generator().manual_seed(0)
     a = torch.randn((k, m) if left else (m, k), generator=generator)
