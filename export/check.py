@@ -120,9 +120,12 @@ def _onnxruntime(bundle: Bundle) -> Callable[[Sequence[Array]], Sequence[Array]]
 def _executorch(bundle: Bundle) -> Callable[[Sequence[Array]], Sequence[Array]]:
     from executorch.runtime import Runtime
 
-    method = Runtime.get().load_program(bundle.file(TRAIN_PTE)).load_method("forward")
+    # A method keeps neither its program nor the program's bytes alive: both must outlive every call.
+    content = bundle.file(TRAIN_PTE)
+    program = Runtime.get().load_program(content)
+    method = program.load_method("forward")
 
-    def run(feed: Sequence[Array]) -> Sequence[Array]:
+    def run(feed: Sequence[Array], alive: object = (content, program)) -> Sequence[Array]:
         return [t.numpy() for t in method.execute([torch.from_numpy(np.array(x)) for x in feed])]
 
     return run
