@@ -7,6 +7,7 @@ sums into one graph of plain operators. ONNX and ExecuTorch are made from that g
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -314,8 +315,7 @@ class _Builder:
         counted = (mask > 0) & (torch.stack([squared, losses.abs(), *finite]).sum(0) <= _LARGEST)
         if clipping:
             clip = scalars[0]
-            # Gram matrices may give a norm of zero as slightly less than zero.
-            norms = squared.clamp(min=0.0).sqrt()
+            norms = squared.clamp(min=0.0).sqrt()  # never below zero but for a run time's own ways of adding
             weights = torch.where(counted, clip / torch.maximum(norms, clip), torch.zeros(()))
             plain = counted.to(losses.dtype)
             gradients = {
@@ -486,8 +486,6 @@ def _has_nan(recording: Recording, name: str) -> bool:
 
 
 def _copy_in_eval(model: nn.Module) -> nn.Module:
-    import copy
-
     return copy.deepcopy(model).eval()
 
 

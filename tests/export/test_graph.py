@@ -254,6 +254,58 @@ def test_a_gradient_that_cancels_to_zero_is_no_square_root_of_less_than_zero() -
             assert float(found["grad.layer.weight"].norm()) < 1e-4
 
 
+class Differences(nn.Module):
+    """Its gradient is a sum over the steps with signs that alternate: nearly equal steps nearly cancel in it."""
+
+    def __init__(self, layer: nn.Module, apart: float = 0.0) -> None:
+        super().__init__()
+        self.layer = layer
+        signs = (1.0 - 2.0 * (torch.arange(16) % 2))[:, None]
+        self.register_buffer("signs", signs * (1 + apart * torch.randn(16, 64)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layer(x) * self.signs).sum(1)
+
+
+@pytest.mark.parametrize("length", [1.0, 1e2, 1e4])
+def test_a_gradient_that_nearly_cancels_exceeds_the_clip_no_more_than_any_other(length: float) -> None:
+    """A norm by Gram matrices loses what cancels; the clip must bound what is sent all the same (1.001 is the slack
+    that the noise is made for). The steps differ by a few ten-thousandths, which is where the loss is largest."""
+    model = Differences(nn.Linear(64, 64, bias=False))
+    spec = TrainingSpec(model, lambda out, y: (out * y).sum(1), [torch.zeros(16, 64)], torch.zeros(64))
+    captured = Captured(spec)
+    worst = 0.0
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        steps = length * torch.randn(SIZE, 1, 64, generator=generator)
+        apart = 10.0 ** (-5 + 0.05 * seed) * length * torch.randn(SIZE, 16, 64, generator=generator)
+        labels = torch.randn(SIZE, 64, generator=generator)
+        for i in range(SIZE):
+            batch = Batch([steps + apart], labels, torch.eye(SIZE)[i])
+            for run in captured.runners.values():
+                found = run(feeds_of(captured.step, batch, clip=1.0))
+                assert float(found["count"]) == 1.0
+                worst = max(worst, float(found["grad.layer.weight"].double().norm()))
+    assert worst <= 1.001
+
+
+@pytest.mark.parametrize("apart", [1e-5, 3e-5, 1e-4, 3e-4, 1e-3])
+def test_rows_of_an_embedding_that_nearly_cancel_exceed_the_clip_no_more_than_others(apart: float) -> None:
+    torch.manual_seed(0)
+    model = Differences(nn.Embedding(7, 64), apart)
+    spec = TrainingSpec(model, lambda out, y: (out * y).sum(1), [torch.zeros(16, dtype=torch.long)], torch.zeros(64))
+    captured = Captured(spec)
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        indices = torch.randint(0, 7, (SIZE, 1), generator=generator).expand(SIZE, 16)
+        labels = 1e4 * torch.randn(SIZE, 64, generator=generator)
+        for i in range(SIZE):
+            batch = Batch([indices], labels, torch.eye(SIZE)[i])
+            for run in captured.runners.values():
+                found = run(feeds_of(captured.step, batch, clip=1.0))
+                assert float(found["grad.layer.weight"].double().norm()) <= 1.001
+
+
 def test_a_zero_gradient_counts_and_gives_zero() -> None:
     spec = perceptron(nn.ReLU, frozen=("2",))
     with torch.no_grad():
