@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import privacy_loss_distribution as pld
@@ -40,27 +40,28 @@ _ORDERS = [*(1 + x / 10 for x in range(10, 110)), *range(12, 65), 128, 256, 512,
 
 
 @dataclass(frozen=True)
-class ReadersGuarantee:
+class _Guarantee:
+    """(epsilon, delta) against one observer, and how it was computed."""
+
+    epsilon: float
+    delta: float
+    method: Method
+    observer: ClassVar[str]
+
+    def __str__(self) -> str:
+        return f"epsilon {self.epsilon:.2f} at delta {self.delta:.0e} against {self.observer} ({self.method.upper()})"
+
+
+class ReadersGuarantee(_Guarantee):
     """Against readers of the published models, who do not know who took part. Not the coordinator's figure."""
 
-    epsilon: float
-    delta: float
-    method: Method
-
-    def __str__(self) -> str:
-        return f"epsilon {self.epsilon:.2f} at delta {self.delta:.0e} against readers ({self.method.upper()})"
+    observer = "readers"
 
 
-@dataclass(frozen=True)
-class CoordinatorGuarantee:
+class CoordinatorGuarantee(_Guarantee):
     """Against the coordinator, committee, broker and network, who see which devices sent. Not the readers' figure."""
 
-    epsilon: float
-    delta: float
-    method: Method
-
-    def __str__(self) -> str:
-        return f"epsilon {self.epsilon:.2f} at delta {self.delta:.0e} against the coordinator ({self.method.upper()})"
+    observer = "the coordinator"
 
 
 @dataclass(frozen=True)

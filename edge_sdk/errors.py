@@ -1,4 +1,5 @@
-"""Every error this project raises, named by who is at fault, so that the caller knows what to do."""
+"""The errors, named by who is at fault, so that the caller knows what to do. One that a single module raises derives
+from these and lives there."""
 
 
 class SordinoError(Exception):

@@ -65,8 +65,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.slice_backward.default: _slice_backward,
     aten.copy.default: _copy,
 }
-for _kept in (aten.addmm.default,):
-    DECOMPOSITIONS.pop(_kept, None)
+DECOMPOSITIONS.pop(aten.addmm.default, None)  # both back ends have it
 
 _IDENTITY = (aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default)
 _RESHAPES = (aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims)

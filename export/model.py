@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from edge_sdk.bundle import PREDICT_ONNX, Bundle
@@ -24,11 +25,21 @@ def read_shared(bundle: Bundle, path: Path) -> F32:
     Raises ParameterError that names what does not fit.
     """
     if path.suffix == ".safetensors":
-        return bundle.flatten(load_file(path))
+        try:
+            return bundle.flatten(load_file(path))
+        except SafetensorError as error:
+            raise ParameterError(f"{path.name} is not a safetensors file: {error}") from error
     if path.suffix == ".npy":
-        vector = np.load(path, allow_pickle=False)
+        try:
+            with path.open("rb") as file:  # np.load itself leaves a file open that it cannot read
+                vector = np.load(file, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ParameterError(f"{path.name} is not a .npy file: {error}") from error
     elif path.suffix == ".f32":
-        vector = np.frombuffer(path.read_bytes(), dtype="<f4")
+        content = path.read_bytes()
+        vector = np.frombuffer(content[: len(content) // 4 * 4], dtype="<f4")
+        if len(content) % 4:
+            raise ParameterError(f"{path.name}: {len(content)} bytes are not a number of float32")
     else:
         raise ParameterError(f"{path.name}: parameters are read from .npy, .safetensors or .f32")
     if vector.dtype != np.float32 or vector.shape != (bundle.dimension,):

@@ -209,8 +209,9 @@ class GraphTrainer(Trainer):
         batch size, the last one masked; none at all gives zeros.  clip: > 0, weight units.  local_lr: learning rate
         of one step, afterwards, along the local parameters' mean gradient; 0 leaves them.  should_stop: asked before
         every chunk.
-        Chunks are added up in float64, so that rounding, and with it the sensitivity of the sum, does not grow with
-        their number.
+        Chunks are added up in float64. Within a chunk the sum is float32, and one more example moves those after it
+        into other places: what its presence changes is then also their rounding, about 1e-7 of the clip for each
+        example (docs/privacy.md section 2.5).
         Raises ParameterError on a bundle of unit "device", a wrong argument or a wrong example; RoundAborted when
         should_stop says so; PeerError if the graph fails or its sum is longer than clipping allows.
         """

@@ -56,6 +56,8 @@ def built(tmp_path_factory):
     """A folder with a model's source, a key and a bundle."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "tiny.py").write_text(SOURCE)
+    for suffix in ("npy", "safetensors", "f32", "zip"):
+        (folder / f"broken.{suffix}").write_bytes(b"PK\3\4x")
     assert edge_export(folder, "key", "--out", "publisher.key").returncode == 0
     done = edge_export(folder, "build", "tiny.py:build", "--key", "publisher.key", "--out", "tiny.bundle", "--json")
     assert done.returncode == 0, done.stderr
@@ -106,6 +108,18 @@ def test_check_compares_the_run_times_and_fails_past_the_tolerance(built):
     assert "was not built from this source" in other.stderr
 
 
+def test_check_runs_executorch_beside_onnxruntime(built):
+    pytest.importorskip("executorch")
+    folder, _ = built
+    both = ("--backends", "onnx,executorch")
+    done = edge_export(folder, "build", "tiny.py:build", "--key", "publisher.key", "--out", "both.bundle", *both)
+    assert done.returncode == 0, done.stderr
+    checked = edge_export(folder, "check", "both.bundle", "tiny.py:build", "--json")
+    assert checked.returncode == 0, checked.stderr
+    rows = [json.loads(line) for line in checked.stdout.splitlines()]
+    assert {row["runtime"] for row in rows} == {"onnxruntime", "executorch"}
+
+
 def test_a_trained_model_comes_back_as_onnx_and_as_a_state_dict(built):
     import onnxruntime
     import torch
@@ -148,6 +162,10 @@ def test_a_trained_model_comes_back_as_onnx_and_as_a_state_dict(built):
         (("check", "tiny.py"), "tiny.py is not a bundle"),
         (("check", "tiny.bundle", "--publisher", "00" * 32), "edge-export: "),
         (("model", "tiny.bundle", "tiny.py", "--out", "x.onnx"), "parameters are read from"),
+        (("model", "tiny.bundle", "broken.npy", "--out", "x.onnx"), "broken.npy is not a .npy file"),
+        (("model", "tiny.bundle", "broken.safetensors", "--out", "x.onnx"), "is not a safetensors file"),
+        (("model", "tiny.bundle", "broken.f32", "--out", "x.onnx"), "5 bytes are not a number of float32"),
+        (("check", "broken.zip"), "broken.zip is not a bundle"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, tuple) else value[:20],
 )  # fmt: skip
