@@ -147,22 +147,15 @@ def _step_ms(data: bytes, publisher: bytes) -> dict[str, float]:
     """Median milliseconds of one training step on one thread, for the reader's orientation."""
     import statistics
 
-    import onnxruntime
-
-    from edge_sdk.bundle import TRAIN_ONNX, train_inputs
-    from export.check import batch_of
+    from edge_sdk.training.onnx import OnnxEngine
+    from export.check import batch_of, bound
 
     bundle = Bundle.read(data, publisher)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(bundle.file(TRAIN_ONNX), options, providers=["CPUExecutionProvider"])
-    read = {value.name for value in session.get_inputs()}
-    names = [t.name for t in train_inputs(bundle.manifest)]
-    feed = {n: x for n, x in zip(names, batch_of(bundle, 0), strict=True) if n in read}
+    step, _ = bound(bundle, OnnxEngine(bundle, threads=1).load("train"), batch_of(bundle, 0))
     times = []
     for _ in range(15):
         start = time.perf_counter()
-        session.run(None, feed)
+        step()
         times.append(time.perf_counter() - start)
     return {"onnxruntime": round(1e3 * statistics.median(times[5:]), 3)}
 

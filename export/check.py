@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,9 @@ from onnx.reference import ReferenceEvaluator
 
 from edge_sdk.bundle import TRAIN_ONNX, TRAIN_PTE, Bundle, train_inputs, train_outputs
 from edge_sdk.errors import ParameterError
+from edge_sdk.training.executorch import ExecutorchEngine
+from edge_sdk.training.onnx import OnnxEngine
+from edge_sdk.training.steps import Engine, Graph, Run
 from export.graph import CapturedStep, TrainingSpec, capture
 
 Array = NDArray[np.generic]
@@ -43,9 +47,11 @@ def check(bundle: Bundle, spec: TrainingSpec | None, batches: int = 4) -> tuple[
         evaluator = ReferenceEvaluator(onnx.ModelProto.FromString(bundle.file(TRAIN_ONNX)))
         names = [t.name for t in train_inputs(bundle.manifest)]
         runtimes["onnx reference"] = lambda feed: list(evaluator.run(None, dict(zip(names, feed, strict=True))))
-    runtimes["onnxruntime"] = _onnxruntime(bundle)
+    runtimes["onnxruntime"] = on_device(bundle, OnnxEngine(bundle, threads=1))
     if TRAIN_PTE in bundle:
-        runtimes["executorch"] = _executorch(bundle)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its Python binding calls itself experimental
+            runtimes["executorch"] = on_device(bundle, ExecutorchEngine(bundle, threads=1))
     order = list(runtimes)
     outputs = [t.name for t in train_outputs(bundle.manifest)]
     worst = {(name, runtime): 0.0 for name in outputs for runtime in order[1:]}
@@ -102,30 +108,20 @@ def _torch(bundle: Bundle, spec: TrainingSpec) -> Callable[[Sequence[Array]], Se
     return run
 
 
-def _onnxruntime(bundle: Bundle) -> Callable[[Sequence[Array]], Sequence[Array]]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(bundle.file(TRAIN_ONNX), providers=["CPUExecutionProvider"])
-    names = [t.name for t in train_inputs(bundle.manifest)]
-    read = {value.name for value in session.get_inputs()}
+def on_device(bundle: Bundle, engine: Engine) -> Callable[[Sequence[Array]], Sequence[Array]]:
+    """The training graph as a device runs it: by the engine that its trainer uses."""
+    graph = engine.load("train")
 
     def run(feed: Sequence[Array]) -> Sequence[Array]:
-        given: Mapping[str, Array] = {n: x for n, x in zip(names, feed, strict=True) if n in read}
-        outputs: Sequence[Array] = session.run(None, given)
-        return outputs
+        step, results = bound(bundle, graph, feed)
+        step()
+        return results
 
     return run
 
 
-def _executorch(bundle: Bundle) -> Callable[[Sequence[Array]], Sequence[Array]]:
-    from executorch.runtime import Runtime
-
-    # A method keeps neither its program nor the program's bytes alive: both must outlive every call.
-    content = bundle.file(TRAIN_PTE)
-    program = Runtime.get().load_program(content)
-    method = program.load_method("forward")
-
-    def run(feed: Sequence[Array], alive: object = (content, program)) -> Sequence[Array]:
-        return [t.numpy() for t in method.execute([torch.from_numpy(np.array(x)) for x in feed])]
-
-    return run
+def bound(bundle: Bundle, graph: Graph, feed: Sequence[Array]) -> tuple[Run, list[Array]]:
+    """One step on `feed`, and where it leaves its outputs."""
+    inputs = {t.name: np.array(x, order="C") for t, x in zip(train_inputs(bundle.manifest), feed, strict=True)}
+    results: dict[str, Array] = {t.name: np.empty(t.shape, dtype=t.dtype) for t in train_outputs(bundle.manifest)}
+    return graph.bind(inputs, results), list(results.values())

@@ -31,9 +31,9 @@ def read_shared(bundle: Bundle, path: Path) -> F32:
             raise ParameterError(f"{path.name} is not a safetensors file: {error}") from error
     if path.suffix == ".npy":
         try:
-            with path.open("rb") as file:  # np.load itself leaves a file open that it cannot read
-                vector = np.load(file, allow_pickle=False)
-        except (ValueError, EOFError) as error:
+            with path.open("rb") as file:
+                vector = np.lib.format.read_array(file, allow_pickle=False)
+        except ValueError as error:
             raise ParameterError(f"{path.name} is not a .npy file: {error}") from error
     elif path.suffix == ".f32":
         content = path.read_bytes()
