@@ -65,7 +65,7 @@ def wire(rec: recording.Recording, kind: type[messages.Message], mode: int, body
 
 def nested(rec: recording.Recording, mode: int, body: bytes) -> bytes:
     """The body as a header, signed by its sender and delivered, or as a prekey offer, signed and in a ticket."""
-    outer, inner, field = (Delivery, Header, 1) if mode & 1 else (Ticket, messages.PrekeyOffer, 12)
+    outer, inner, field = (Delivery, Header, 1) if mode & 1 else (Ticket, messages.PrekeyOffer, 13)
     valid = recording.parse(next(letter.body for letter in rec.letters if letter.kind is outer))
     signed = signed_body(rec, inner, INTACT, body)
     again = [signed.body, signed.signature]

@@ -37,7 +37,10 @@ def fleet():
 
 @cache
 def round_of(mechanism, task="keywords"):
-    noise = NoisePlan(mechanism.unit, mechanism.clip, mechanism.granularity, mechanism.sigma)
+    noise = NoisePlan(
+        mechanism.unit, mechanism.clip, mechanism.granularity, mechanism.sigma,
+        mechanism.metric_scale, mechanism.loss_bound, device_rate=1.0, example_rate=1.0,
+    )  # fmt: skip
     return reference.open_ticket(
         reference.make_fleet(ENTROPY, 8),
         ENTROPY,

@@ -7,6 +7,7 @@ difference of the two, so there is no way back from Sent to another contribution
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -68,8 +69,8 @@ class Terms:
     """Hash of the one bundle that is registered for the task."""
     min_honest: int = 2
     min_noise_multiplier: float = 0.0
-    """Smallest noise of a group's sum over the clip, both in weight units. Steps alone would bound nothing: the ticket
-    also says how large a step is."""
+    """Smallest noise of a group's sum over what one unit adds to it, metrics too, both in weight units and before
+    rounding. Steps alone would bound nothing: the ticket also says how large a step is."""
     dimension: int | None = None
     """Integers that this device's vector for the bundle has; None leaves it to the caller."""
 
@@ -84,10 +85,13 @@ class Terms:
             raise PeerError(
                 f"ticket: a cohort of {ticket.honest} honest devices is below this device's {self.min_honest}"
             )
-        multiplier = ticket.noise.sigma * ticket.noise.granularity / ticket.noise.clip
+        noise = ticket.noise
+        # The metrics' coordinates: four at most of up to 1, the loss of up to its bound.
+        adds = math.hypot(noise.clip, noise.metric_scale * math.hypot(math.sqrt(3), noise.loss_bound))
+        multiplier = noise.sigma * noise.granularity / adds
         if not multiplier >= self.min_noise_multiplier:
             raise PeerError(
-                f"ticket: noise of {multiplier:.3g} times the clip is below this device's floor of "
+                f"ticket: noise of {multiplier:.3g} times what one unit adds is below this device's floor of "
                 f"{self.min_noise_multiplier}"
             )
 

@@ -7,6 +7,7 @@ travels as `Signed`; the signature is over the body's bytes under the message's 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Annotated, Literal, TypeVar
@@ -17,7 +18,7 @@ from msgspec import Meta
 from edge_sdk.crypto.hashing import tagged_hash
 from edge_sdk.crypto.identity import SIGNATURE_BYTES, Identity, check_signature
 from edge_sdk.crypto.sealing import MLKEM_PUBLIC_BYTES, X25519_BYTES
-from edge_sdk.errors import PeerError
+from edge_sdk.errors import ParameterError, PeerError
 
 MAX_MEMBERS = 256
 MAX_ROSTER = 1 << 20
@@ -38,6 +39,10 @@ MemberNumber = Annotated[int, Meta(ge=1, le=MAX_MEMBERS)]
 Seconds = Annotated[int, Meta(ge=0, lt=1 << 40)]
 Counter = Annotated[int, Meta(ge=0, lt=1 << 53)]
 Positive = Annotated[float, Meta(gt=0.0, lt=1e30)]
+NonNegative = Annotated[float, Meta(ge=0.0, lt=1e30)]
+"""0 or `Positive`. What holds one refuses -0.0 itself: it equals 0.0 and has other bytes."""
+Rate = Annotated[float, Meta(gt=0.0, le=1.0)]
+Loops = Annotated[int, Meta(ge=0, le=1_000_000)]
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9._-]*\Z")]
 CommitteeKind = Literal["drawn", "everyone", "helpers"]
 
@@ -106,6 +111,13 @@ class PrekeyOffer(Message, frozen=True):
     """The member erases the secret at this time, used or not. No ticket that names the offer expires later."""
 
 
+def _refuse_minus_zero(**fields: float) -> None:
+    """Two encodings of one meaning would be two hashes of it. A decoder turns the error into a PeerError."""
+    for name, value in fields.items():
+        if value == 0.0 and math.copysign(1.0, value) < 0:
+            raise ParameterError(f"{name} is -0.0: write 0.0")
+
+
 class NoisePlan(Message, frozen=True):
     """What every device of the round clips to and adds (docs/protocol.md section 8.2)."""
 
@@ -116,6 +128,36 @@ class NoisePlan(Message, frozen=True):
     """Weight units per integer step."""
     sigma: Positive
     """Standard deviation of the noise that one group's sum must carry, in integer steps."""
+    metric_scale: NonNegative
+    """Weight units of one unit of a metric in the vector's extra coordinates; 0 for no metrics and no coordinates."""
+    loss_bound: Positive
+    """Losses are clipped to [0, loss_bound] before they are summed."""
+    device_rate: Rate
+    """Probability with which a device takes part: its own coin."""
+    example_rate: Rate
+    """Probability with which an example is drawn; 1 for unit "device"."""
+
+    def __post_init__(self) -> None:
+        _refuse_minus_zero(metric_scale=self.metric_scale)
+
+
+class Work(Message, frozen=True):
+    """What a device does between ticket and contribution (docs/protocol.md section 8.3)."""
+
+    learning_rate: NonNegative
+    """Unit "device": of the local SGD steps, above 0. Unit "example": of one step along the local parameters; 0 leaves
+    them."""
+    epochs: Loops
+    steps: Loops
+    """Unit "device": passes over the data, or steps; exactly one of the two is above 0. Unit "example": both 0."""
+    proximal: NonNegative
+    """FedProx's mu; 0 for unit "example"."""
+    weight_cap: Counter
+    """A device's weight is min(1, n / weight_cap) for n examples; 0: every device weighs the same. 0 for unit
+    "example"."""
+
+    def __post_init__(self) -> None:
+        _refuse_minus_zero(learning_rate=self.learning_rate, proximal=self.proximal)
 
 
 class Ticket(Message, frozen=True):
@@ -133,6 +175,7 @@ class Ticket(Message, frozen=True):
     honest: Annotated[int, Meta(ge=2, le=MAX_CONTRIBUTORS)]
     groups: Annotated[int, Meta(ge=1, le=MAX_GROUPS)]
     noise: NoisePlan
+    work: Work
     prekeys: Annotated[list[Signed], Meta(min_length=1, max_length=MAX_MEMBERS)]
     closes_s: Seconds
     """Contributions are taken before this time, Unix seconds."""

@@ -26,12 +26,17 @@ from edge_sdk.protocol.messages import (
     SealedShare,
     Signed,
     Ticket,
+    Work,
     wrap,
 )
 from edge_sdk.protocol.rounds import Round, sign_ticket
 
 EXPIRES_S = 1_000_000
 """When epochs and prekeys end in this walk-through, whose clock starts at 0."""
+
+NOISE = NoisePlan("device", 1.0, 1e-4, 100.0, metric_scale=0.0, loss_bound=1.0, device_rate=1.0, example_rate=1.0)
+LOCAL_EPOCH = Work(learning_rate=0.1, epochs=1, steps=0, proximal=0.0, weight_cap=0)
+GRADIENTS = Work(learning_rate=0.0, epochs=0, steps=0, proximal=0.0, weight_cap=0)
 
 Observer = Callable[[str, str, object], None]
 """(party, what it did or saw, the thing) for whoever wants to watch."""
@@ -105,8 +110,13 @@ def open_ticket(
     number: int = 0,
     previous: bytes = authority.FIRST,
     noise: NoisePlan | None = None,
+    work: Work | None = None,
 ) -> Round:
-    """Section 8: every member offers a fresh prekey, the coordinator signs the round."""
+    """Section 8: every member offers a fresh prekey, the coordinator signs the round.
+
+    work: None for one epoch at rate 0.1 (unit "device"), or for gradients alone (unit "example").
+    """
+    noise = noise or NOISE
     offers = []
     for i, identity in enumerate(fleet.committee):
         label = (i.to_bytes(4, "little"), task.encode(), number.to_bytes(8, "little"))
@@ -127,7 +137,8 @@ def open_ticket(
         n_max=n_max,
         honest=honest,
         groups=groups,
-        noise=noise or NoisePlan("device", 1.0, 1e-4, 100.0),
+        noise=noise,
+        work=work or (LOCAL_EPOCH if noise.unit == "device" else GRADIENTS),
         prekeys=offers,
         closes_s=1_000,
         expires_s=2_000,

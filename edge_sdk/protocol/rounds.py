@@ -49,6 +49,7 @@ class Round:
             raise PeerError(
                 f"ticket: {ticket.groups} groups of at least {self.min_group} do not fit in n_max {ticket.n_max}"
             )
+        _check_work(ticket)
         self.prekeys = _check_prekeys(epoch, ticket)
         self.layout = Layout(ticket.dimension, delta_bits(ticket.n_max))
         self.share_bytes = 2 * self.thresholds.polynomials + OVERHEAD_BYTES
@@ -103,6 +104,26 @@ class Round:
                     raise PeerError(f"seal: sender {sender} is not of group {group}")
             if 0 < len(entries) < self.min_group:
                 raise PeerError(f"seal: group {group} has {len(entries)} contributors, {self.min_group} needed")
+
+
+def _check_work(ticket: Ticket) -> None:
+    """Return if the noise plan's unit and what the devices are to do fit together, else raise PeerError."""
+    noise, work = ticket.noise, ticket.work
+    if noise.unit == "device":
+        if noise.example_rate != 1.0:
+            raise PeerError(f'ticket: noise.example_rate is {noise.example_rate}: 1 for unit "device", not a draw')
+        if not work.learning_rate > 0:
+            raise PeerError('ticket: work.learning_rate is 0: unit "device" trains at a rate above 0')
+        if (work.epochs > 0) == (work.steps > 0):
+            raise PeerError(
+                f"ticket: work.epochs is {work.epochs} and work.steps is {work.steps}: exactly one of them is above 0 "
+                'for unit "device"'
+            )
+        return
+    for name in ("epochs", "steps", "proximal", "weight_cap"):
+        value = getattr(work, name)
+        if value != 0:
+            raise PeerError(f'ticket: work.{name} is {value}: 0 for unit "example", whose round is one step')
 
 
 def _check_prekeys(epoch: FleetEpoch, ticket: Ticket) -> tuple[PrekeyOffer, ...]:

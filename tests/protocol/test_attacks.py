@@ -7,9 +7,11 @@ test shows that too: otherwise a harness that cannot see an attack would pass.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import product
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -59,6 +61,7 @@ from edge_sdk.protocol.messages import (
     SealSignature,
     Signed,
     Ticket,
+    Work,
     decode,
     sign,
     unwrap,
@@ -397,7 +400,21 @@ def test_an_invented_prekey_serial_is_refused():
     stage.refuses(1, wrap(Ticket, ticket_like(stage, prekeys=prekeys)), "never offered")
 
 
-NOISE = NoisePlan("device", 1.0, 1e-4, 100.0)
+NOISE, WORK = reference.NOISE, reference.LOCAL_EPOCH
+
+
+def noise(**changes: object) -> NoisePlan:
+    return msgspec.structs.replace(NOISE, **changes)
+
+
+def work(**changes: object) -> Work:
+    return msgspec.structs.replace(WORK, **changes)
+
+
+def examples(**changes: object) -> dict[str, object]:
+    """A ticket of unit "example", whose work is changed."""
+    return {"noise": noise(unit="example", example_rate=0.5),
+            "work": msgspec.structs.replace(reference.GRADIENTS, **changes)}  # fmt: skip
 
 
 def field(name: str) -> str:
@@ -408,16 +425,37 @@ def field(name: str) -> str:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"noise": NoisePlan("device", 1.0, 1e-4, 99.9)}, "is below this device's floor of 0.01"),
+        ({"noise": noise(sigma=99.9)}, "is below this device's floor of 0.01"),
         # Steps can be made small, and the clip large: what protects is the noise over the clip.
-        ({"noise": NoisePlan("device", 1.0, 1e-9, 100.0)}, "is below this device's floor of 0.01"),
-        ({"noise": NoisePlan("device", 1e20, 1e-4, 100.0)}, "is below this device's floor of 0.01"),
-        ({"noise": NoisePlan("device", 1.0, 1e-4, 0.0)}, field("noise")),
-        ({"noise": NoisePlan("device", 1.0, 1e-4, -100.0)}, field("noise")),
-        ({"noise": NoisePlan("device", 1.0, 1e-4, float("nan"))}, field("noise")),
-        ({"noise": NoisePlan("device", 1.0, 1e-4, float("inf"))}, field("noise")),
-        ({"noise": NoisePlan("device", float("nan"), 1e-4, 100.0)}, field("noise")),
-        ({"noise": NoisePlan("nothing", 1.0, 1e-4, 100.0)}, field("noise")),
+        ({"noise": noise(granularity=1e-9)}, "is below this device's floor of 0.01"),
+        ({"noise": noise(clip=1e20)}, "is below this device's floor of 0.01"),
+        ({"noise": noise(sigma=0.0)}, field("noise")),
+        ({"noise": noise(sigma=-100.0)}, field("noise")),
+        ({"noise": noise(sigma=math.nan)}, field("noise")),
+        ({"noise": noise(sigma=math.inf)}, field("noise")),
+        ({"noise": noise(clip=math.nan)}, field("noise")),
+        ({"noise": noise(unit="nothing")}, field("noise")),
+        # Metrics are in the same noised vector: they count.
+        ({"noise": noise(metric_scale=0.1)}, "is below this device's floor of 0.01"),
+        ({"noise": noise(metric_scale=1e-3, loss_bound=1e4)}, "is below this device's floor of 0.01"),
+        ({"noise": noise(metric_scale=-0.1)}, field("noise")),
+        ({"noise": noise(metric_scale=math.nan)}, field("noise")),
+        ({"noise": noise(loss_bound=0.0)}, field("noise")),
+        ({"noise": noise(device_rate=0.0)}, field("noise")),
+        ({"noise": noise(device_rate=1.1)}, field("noise")),
+        ({"noise": noise(device_rate=math.nan)}, field("noise")),
+        ({"noise": noise(example_rate=0.5)}, field(r"noise\.example_rate")),
+        ({"work": work(learning_rate=0.0)}, field(r"work\.learning_rate")),
+        ({"work": work(learning_rate=-0.1)}, field("work")),
+        ({"work": work(learning_rate=math.nan)}, field("work")),
+        ({"work": work(epochs=0)}, field(r"work\.epochs is 0 and work\.steps is 0")),
+        ({"work": work(steps=1)}, field(r"work\.epochs is 1 and work\.steps is 1")),
+        ({"work": work(proximal=math.inf)}, field("work")),
+        ({"work": work(weight_cap=-1)}, field("work")),
+        (examples(epochs=1), field(r"work\.epochs")),
+        (examples(steps=1), field(r"work\.steps")),
+        (examples(proximal=0.1), field(r"work\.proximal")),
+        (examples(weight_cap=1), field(r"work\.weight_cap")),
         ({"honest": 3}, "cohort of 3 honest devices is below this device's 4"),
         ({"honest": 1}, field("honest")),
         ({"honest": 0}, field("honest")),
@@ -448,8 +486,18 @@ def test_a_plan_within_the_terms_is_taken():
     """The control of the test above: what it changes is what is refused."""
     stage = staged(6)
     terms = Terms(stage.round.ticket.bundle, min_honest=4, min_noise_multiplier=0.01)
-    ticket = ticket_like(stage, honest=4, noise=NOISE)
-    assert isinstance(contributor.step(Idle("reference"), wrap(Ticket, ticket), stage.fleet.epoch, terms, 0), Training)
+    for changes in ({"noise": NOISE}, {"work": work(epochs=0, steps=7, proximal=0.1, weight_cap=600)},
+                    examples(), examples(learning_rate=0.1)):  # fmt: skip
+        ticket = ticket_like(stage, **({"honest": 4} | changes))
+        after = contributor.step(Idle("reference"), wrap(Ticket, ticket), stage.fleet.epoch, terms, 0)
+        assert isinstance(after, Training)
+
+
+@pytest.mark.parametrize("make", [lambda: noise(metric_scale=-0.0), lambda: work(learning_rate=-0.0),
+                                  lambda: work(proximal=-0.0)])  # fmt: skip
+def test_minus_zero_is_the_callers_mistake_before_it_is_sent(make):
+    with pytest.raises(ParameterError, match=r"is -0\.0: write 0\.0"):
+        make()
 
 
 @pytest.mark.parametrize("author", ["device", "member", "stranger", "authority"])

@@ -34,6 +34,7 @@ from edge_sdk.protocol.messages import (
     Signed,
     Ticket,
     Transcript,
+    Work,
     decode,
     encode,
     label_of,
@@ -56,8 +57,10 @@ def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
             return st.none()
         case inspect.IntType(ge=low, le=high, lt=below):
             return st.integers(low, high if high is not None else below - 1)  # type: ignore[operator]
-        case inspect.FloatType(gt=above, lt=below):
-            return st.floats(above, below, exclude_min=True, exclude_max=True)
+        case inspect.FloatType(gt=above, lt=below, le=most) if above is not None:
+            return st.floats(above, most or below, exclude_min=True, exclude_max=most is None)
+        case inspect.FloatType(ge=least, lt=below):
+            return st.floats(least, below, exclude_max=True).map(abs)  # minus zero is refused
         case inspect.StrType(pattern=None, min_length=low, max_length=high):
             return st.text(min_size=low or 0, max_size=min(high or 40, 40))
         case inspect.StrType(max_length=high):
@@ -153,22 +156,42 @@ def refused_or_different(kind, data, message):
     assert decoded is None or decoded != message, "two encodings of one message"
 
 
-NOISE = NoisePlan("device", 1.0, 1e-4, 100.0)
+NOISE = ["device", 1.0, 1e-4, 100.0, 0.05, 2.0, 1.0, 0.3]
+"""A plan's fields; and a work's."""
+WORK = [0.1, 1, 0, 0.01, 600]
 
 
-@pytest.mark.parametrize("field", [1, 2, 3])
+@pytest.mark.parametrize("field", [1, 2, 3, 5])
 @pytest.mark.parametrize(
     "value", [float("nan"), float("inf"), float("-inf"), -0.0, 0.0, -1.0, 1e30, 1.8e308], ids=str
 )  # fmt: skip
 def test_a_noise_plan_holds_positive_finite_numbers_only(field, value):
-    parts = ["device", 1.0, 1e-4, 100.0]
+    parts = [*NOISE]
+    parts[field] = value
+    assert f"`{NoisePlan.__struct_fields__[field]}`" in refused(NoisePlan, msgspec.msgpack.encode(parts))
+
+
+@pytest.mark.parametrize(("kind", "fields", "at"), [(NoisePlan, NOISE, 4), (Work, WORK, 0), (Work, WORK, 3)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), -0.0, -1.0, 1e30], ids=str)
+def test_a_number_that_may_be_zero_is_finite_and_has_one_zero(kind, fields, at, value):
+    parts = [*fields]
+    parts[at] = 0.0
+    assert encode(decode(kind, msgspec.msgpack.encode(parts))) == msgspec.msgpack.encode(parts)
+    parts[at] = value
+    assert kind.__struct_fields__[at] in refused(kind, msgspec.msgpack.encode(parts))
+
+
+@pytest.mark.parametrize("field", [6, 7])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.0, 0.0, -1.0, 1.0 + 2.0**-52], ids=str)
+def test_a_rate_is_above_0_and_at_most_1(field, value):
+    parts = [*NOISE]
     parts[field] = value
     assert f"`{NoisePlan.__struct_fields__[field]}`" in refused(NoisePlan, msgspec.msgpack.encode(parts))
 
 
 @pytest.mark.parametrize("value", [1, True, b"\x00", "1", None, [1.0]], ids=repr)
 def test_a_float_is_not_taken_from_another_type(value):
-    refused(NoisePlan, msgspec.msgpack.encode(["device", value, 1e-4, 100.0]))
+    refused(NoisePlan, msgspec.msgpack.encode(["device", value, *NOISE[2:]]))
 
 
 @pytest.mark.parametrize(
@@ -239,6 +262,7 @@ def example(kind: type[Message]) -> Message:
         Signed: seal.signed,
         Envelope: Envelope("ticket", b"\x90"),
         NoisePlan: ticket.noise,
+        Work: ticket.work,
         Grouping: Grouping(1, 1),
         messages.Frozen: rec.epoch.frozen,
         messages.Member: rec.epoch.members[0],

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +56,7 @@ from edge_sdk.protocol.messages import (
     Signed,
     Ticket,
     Transcript,
+    Work,
     encode,
     label_of,
     message_hash,
@@ -646,7 +648,8 @@ def messages_vectors() -> Json:
     frozen = Frozen(1, key, 3, fixed("previous"), other, fixed("root"), 1000, 50, "helpers", 3, sorted([key, other]),
                     LATE_S)  # fmt: skip
     offer = PrekeyOffer(key, other, 2**53 - 1, fixed("x25519"), fixed("mlkem", length=1184), 2**40 - 1)
-    noise = NoisePlan("example", 0.1, 1e-4, 100.0)
+    noise = NoisePlan("example", 0.1, 1e-4, 100.0, 0.05, 2.5, 1.0, 0.3)
+    work = Work(0.125, 0, 0, 0.0, 0)
     header = Header(tid, 1048575, key, [digest, tid], 1, fixed("sealing key"), fixed("masked"), fixed("shares"))
     certificate = Certificate(tid, digest, [(1, fixed("signature", 1, 64)), (256, fixed("signature", 2, 64))])
     examples: list[Message] = [
@@ -654,9 +657,10 @@ def messages_vectors() -> Json:
         Epoch(frozen, fixed("entropy"), [Member(key, None), Member(other, 65536)], [Grouping(1, 50), Grouping(2, 49)]),
         offer,
         noise,
+        work,
         Ticket(
             1, fixed("epoch"), "fashion-mnist.v1", 127, fixed("previous"), fixed("bundle"), fixed("parameters"),
-            1 << 27, 10_000, 128, 64, noise, [sign(author, offer)], 1_800_000_000, (1 << 40) - 1,
+            1 << 27, 10_000, 128, 64, noise, work, [sign(author, offer)], 1_800_000_000, (1 << 40) - 1,
         ),
         header,
         SealedShare(fixed("sealed", length=40), [digest]),
@@ -722,37 +726,41 @@ def messages_vectors() -> Json:
     refuse("text for bytes", Receipt, pack(["a" * 32, 256, digest]), "receipt: ")
     refuse("bytes with 16 bits of length", Receipt, receipt.replace(b"\xc4\x20", b"\xc5\x00\x20", 1), canonical)
     refuse("a sender beyond any roster", Receipt, pack([tid, 1 << 20, digest]), "receipt: ")
+    one = b"\xcb" + bytes.fromhex("3ff0000000000000")
     refuse(
         "a float of 32 bits",
         NoisePlan,
-        b"\x94\xa6device\xca"
-        + bytes.fromhex("3f800000")
-        + b"\xcb"
-        + bytes.fromhex("3ff0000000000000")
-        + b"\xcb"
-        + bytes.fromhex("3ff0000000000000"),
+        b"\x98\xa6device\xca" + bytes.fromhex("3f800000") + 6 * one,
         canonical,
     )
     for name, bits in (
         ("not a number", "7ff8000000000000"), ("infinity", "7ff0000000000000"), ("minus zero", "8000000000000000"),
         ("zero", "0000000000000000"), ("a negative number", "bff0000000000000"), ("1e30", "46293e5939a08cea"),
     ):  # fmt: skip
-        one = b"\xcb" + bytes.fromhex("3ff0000000000000")
-        refuse(f"{name} as a clip", NoisePlan, b"\x94\xa6device\xcb" + bytes.fromhex(bits) + one + one, "noiseplan: ")
-    refuse("an unknown privacy unit", NoisePlan, pack(["user", 1.0, 1.0, 1.0]), "noiseplan: ")
+        refuse(f"{name} as a clip", NoisePlan, b"\x98\xa6device\xcb" + bytes.fromhex(bits) + 6 * one, "noiseplan: ")
+    refuse("an unknown privacy unit", NoisePlan, pack(["user"] + 7 * [1.0]), "noiseplan: ")
+    for position, value in ((4, -0.0), (4, -1.0), (4, math.nan), (5, 0.0), (6, 0.0), (6, 1.5), (7, 0.0), (7, math.nan)):
+        changed = ["device"] + 7 * [1.0]
+        changed[position] = value
+        field_name = NoisePlan.__struct_fields__[position]
+        refuse(f"noise plan: {field_name} {value}", NoisePlan, pack(changed), "noiseplan: ")
+    for position, wrong in ((0, -0.0), (0, math.inf), (1, -1), (1, 1_000_001), (2, 1.0), (3, -0.0), (4, 1 << 53)):
+        changed = [0.5, 1, 0, 0.0, 0]
+        changed[position] = wrong
+        refuse(f"work: {Work.__struct_fields__[position]} {wrong}", Work, pack(changed), "work: ")
     refuse("no group", Seal, pack([tid, []]), "seal: ")
     refuse("an entry of three", Seal, pack([tid, [[[0, digest, 0]]]]), "seal: ")
     refuse("no reason", Abort, pack([tid, ""]), "abort: ")
     refuse("text that is not UTF-8", Abort, b"\x92\xc4\x20" + tid + b"\xa1\xff", "abort: ")
-    ticket = msgspec.msgpack.decode(encode(examples[4]))
+    ticket = msgspec.msgpack.decode(encode(next(x for x in examples if isinstance(x, Ticket))))
     for name, position, value in (
         ("another version", 0, 2), ("an empty task", 2, ""), ("a task in capitals", 2, "A"),
         ("a task with a line end", 2, "a\n"),
         ("no dimension", 7, 0), ("a dimension too large", 7, (1 << 27) + 1), ("one honest device", 9, 1),
-        ("a deadline too late", 13, 1 << 40),
+        ("a deadline too late", 14, 1 << 40),
     ):  # fmt: skip
         changed = [*ticket]
-        changed[12] = [[b"", bytes(64)]]
+        changed[13] = [[b"", bytes(64)]]
         changed[position] = value
         refuse(f"ticket: {name}", Ticket, pack(changed), "ticket: ")
     for name, data, reason in (
@@ -960,7 +968,8 @@ class Script:
             self.offers.append(offer)
         self.ticket = Ticket(
             1, fleet.epoch.id, "vectors", 0, authority.FIRST, fixed("bundle"), fixed("parameters"), self.dimension,
-            len(fleet.devices), 2, self.groups, NoisePlan("device", 1.0, 0.5, 100.0), self.offers, CLOSES_S, EXPIRES_S,
+            len(fleet.devices), 2, self.groups, NoisePlan("device", 1.0, 0.5, 100.0, 0.0, 1.0, 1.0, 1.0),
+            Work(0.5, 1, 0, 0.0, 0), self.offers, CLOSES_S, EXPIRES_S,
         )  # fmt: skip
         self.round = Round(fleet.epoch, sign(fleet.coordinator, self.ticket))
         self.terms = contributor.Terms(fixed("bundle"))
@@ -1555,7 +1564,27 @@ def ticket_vectors() -> Json:
         "a prekey of low order", changed(prekeys=offered(1, x25519=bytes.fromhex(LOW_ORDER))), "not a usable X25519 key"
     )
     case("a prekey that is no ML-KEM key", changed(prekeys=offered(1, mlkem=b"\xff" * 1184)), "not a valid ML-KEM-768")
-    odd = b"\xdc\x00\x0f" + encode(ticket)[1:]
+    example = msgspec.structs.replace(ticket.noise, unit="example", example_rate=0.25)
+    local, gradients = Work(0.5, 1, 0, 0.0, 0), Work(0.0, 0, 0, 0.0, 0)
+    case("unit example", changed(noise=example, work=gradients))
+    case("unit example with a step of the local parameters", changed(noise=example, work=Work(0.5, 0, 0, 0.0, 0)))
+    case("unit device for ten steps", changed(work=Work(0.5, 0, 10, 0.01, 600)))
+    for name, work, reason in (
+        ("no learning rate", Work(0.0, 1, 0, 0.0, 0), "work.learning_rate is 0"),
+        ("neither epochs nor steps", Work(0.5, 0, 0, 0.0, 0), "work.epochs is 0 and work.steps is 0"),
+        ("both epochs and steps", Work(0.5, 1, 1, 0.0, 0), "work.epochs is 1 and work.steps is 1"),
+    ):
+        case(f"unit device: {name}", changed(work=work), reason)
+    drawn = msgspec.structs.replace(ticket.noise, example_rate=0.5)
+    case("unit device: a draw of examples", changed(noise=drawn, work=local), "noise.example_rate is 0.5")
+    for name, work, reason in (
+        ("epochs", Work(0.5, 1, 0, 0.0, 0), "work.epochs is 1"),
+        ("steps", Work(0.5, 0, 1, 0.0, 0), "work.steps is 1"),
+        ("a proximal term", Work(0.5, 0, 0, 0.01, 0), "work.proximal is 0.01"),
+        ("weights", Work(0.5, 0, 0, 0.0, 600), "work.weight_cap is 600"),
+    ):
+        case(f"unit example: {name}", changed(noise=example, work=work), reason)
+    odd = b"\xdd\x00\x00\x00\x10" + encode(ticket)[3:]  # the array's length in 32 bits
     case("not canonical", Signed(odd, fleet.coordinator.sign("ticket", odd)), "canonical")
 
     def device(name: str, reason: str, idle: contributor.Idle, terms: contributor.Terms, now_s: int = 0) -> None:
