@@ -51,6 +51,7 @@ ZOO = {
 }
 BACKENDS = ("onnxruntime", "executorch")
 LEARNING_RATE = 2.0**-10
+LOSS_BOUND = 4.0
 LEAST_TURNS = 9
 TURN_S = 0.01
 
@@ -75,8 +76,8 @@ class Case:
     @property
     def feeds(self) -> tuple[Tensor, ...]:
         """Every input of the training graph, in order."""
-        extra = self.clip if self.unit == "example" else torch.tensor(LEARNING_RATE)
-        return (*(p.value for p in self.step.parameters), *self.inputs, self.labels, self.mask, extra)
+        scalars = (self.clip, torch.tensor(LOSS_BOUND)) if self.unit == "example" else (torch.tensor(LEARNING_RATE),)
+        return (*(p.value for p in self.step.parameters), *self.inputs, self.labels, self.mask, *scalars)
 
 
 class Unable(Exception):

@@ -199,7 +199,7 @@ def train_inputs(manifest: Manifest) -> tuple[TensorType, ...]:
     """The inputs of the training graph, in order."""
     label = TensorType(manifest.label.name, manifest.label.dtype, (manifest.batch, *manifest.label.shape))
     mask = TensorType("mask", "float32", (manifest.batch,))
-    scalars = ["clip"] if manifest.unit == "example" else ["lr"]
+    scalars = ["clip", "loss_bound"] if manifest.unit == "example" else ["lr"]
     anchors: tuple[Parameter, ...] = ()
     if manifest.options.proximal:
         scalars.append("mu")

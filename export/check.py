@@ -87,7 +87,9 @@ def batch_of(bundle: Bundle, number: int) -> list[Array]:
     mask = np.ones(manifest.batch, dtype=np.float32)
     if number:
         mask[::3] = 0.0
-    feed += [mask, np.array(0.5, dtype=np.float32)]
+    feed.append(mask)
+    scalars = {"example": (0.5, 1.0), "device": (0.5,)}  # clip and loss bound; learning rate
+    feed += [np.array(value, dtype=np.float32) for value in scalars[manifest.unit]]
     if manifest.options.proximal:
         feed.append(np.array(0.1, dtype=np.float32))
         feed += [bundle.parameters()[p.name] * np.float32(0.9) for p in manifest.of_role("shared", "local")]

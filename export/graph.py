@@ -226,12 +226,12 @@ class _Builder:
         input_names = ["x"] if count == 1 else [f"x{i}" for i in range(count)]
         values = [p.value for p in self.parameters]
         if self.unit == "example":
-            extra_names, extra = ["clip"], [torch.ones(())]
+            # Tensors of their own: the tracer would take one that comes twice for one input.
+            extra_names, extra = ["clip", "loss_bound"], [torch.ones(()), torch.ones(())]
         else:
             extra_names, extra = ["lr"], [torch.ones(())]
             if self.proximal:
                 extra_names += ["mu", *(f"anchor.{p.name}" for p in self.trainable)]
-                # Tensors of their own: the tracer would take one that comes twice for one input.
                 extra += [torch.ones(()), *(p.value.clone() for p in self.trainable)]
         example = (*values, *self.inputs, self.label, torch.ones(self.batch), *extra)
         output_names: list[str] = []
@@ -314,7 +314,8 @@ class _Builder:
         ]
         counted = (mask > 0) & (torch.stack([squared, losses.abs(), *finite]).sum(0) <= _LARGEST)
         if clipping:
-            clip = scalars[0]
+            clip, loss_bound = scalars
+            losses = torch.minimum(losses.clamp(min=0.0), loss_bound)  # the loss metric's sensitivity
             norms = squared.clamp(min=0.0).sqrt()  # never below zero but for a run time's own ways of adding
             weights = torch.where(counted, clip / torch.maximum(norms, clip), torch.zeros(()))
             plain = counted.to(losses.dtype)

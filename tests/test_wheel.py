@@ -30,7 +30,8 @@ from edge_sdk.training.onnx import OnnxTrainer
 
 bundle = Bundle.read(sys.argv[1], bytes.fromhex(sys.argv[2]))
 data = np.load(sys.argv[3])
-result = OnnxTrainer(bundle).clipped_sum(ArrayExamples(data["x"], data["y"]), np.arange(len(data["y"])), clip=0.5)
+examples = ArrayExamples(data["x"], data["y"])
+result = OnnxTrainer(bundle).clipped_sum(examples, np.arange(len(examples)), clip=0.5, loss_bound=4.0)
 heavy = sorted({"torch", "onnx", "onnxscript", "executorch", "scipy", "pandas"} & set(sys.modules))
 print(json.dumps({"norm": float(np.linalg.norm(result.gradient)), "count": result.metrics.count, "heavy": heavy}))
 """
@@ -62,7 +63,7 @@ def trained(tmp_path_factory):
     x, y = generator.normal(size=(19, 8)).astype(np.float32), generator.integers(0, 3, 19)
     np.savez(folder / "data.npz", x=x, y=y)
     trainer = OnnxTrainer(Bundle.read(built.bundle, PUBLISHER.public_key))
-    return folder, trainer.clipped_sum(ArrayExamples(x, y), np.arange(19), clip=0.5)
+    return folder, trainer.clipped_sum(ArrayExamples(x, y), np.arange(19), clip=0.5, loss_bound=4.0)
 
 
 def run(program, folder, *arguments):

@@ -8,8 +8,8 @@ is.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +24,8 @@ from edge_sdk.privacy.rounding import round_conditionally, round_stochastically,
 F64 = NDArray[np.float64]
 Unit = Literal["device", "example"]
 
-METRICS = 3
-"""Extra coordinates: how many, how many correct, and the clipped loss."""
+METRICS = 4
+"""Extra coordinates: the fields of `MetricSums`."""
 
 CONDITIONAL_BETA = math.exp(-0.5)
 """Share of roundings that may be drawn again (the paper's choice)."""
@@ -34,7 +34,7 @@ UNCONDITIONAL_BETA = 1e-12
 """Added to delta for every round of unit "example"."""
 
 FLOAT32_SLACK = 1.001
-"""A gradient clipped in float32 inside the graph may exceed its bound by rounding."""
+"""What one example adds to sums that the graph makes in float32 may exceed its bounds by so much, through rounding."""
 
 MIN_SHARE_SIGMA = 2.0
 """Least noise of one device, steps. Here `sum_correction` is below 1e-16 a coordinate; at 1.0 it would be 5e-4."""
@@ -103,9 +103,13 @@ class Mechanism:
 
     @property
     def sensitivity(self) -> float:
-        """L2 norm of what one unit adds, before rounding, weight units: sqrt(C^2 + a^2 (2 + L^2))."""
-        clip = self.clip * (FLOAT32_SLACK if self.unit == "example" else 1.0)
-        return math.hypot(clip, self.metric_scale, self.metric_scale, self.metric_scale * self.loss_bound)
+        """L2 norm of what one unit adds, before rounding, weight units: sqrt(C^2 + a^2 (3 + L^2)).
+
+        For unit "example" FLOAT32_SLACK times that: gradients, losses and fractions of correct labels are float32 sums.
+        """
+        a = self.metric_scale
+        norm = math.hypot(self.clip, a, a, a * self.loss_bound, a)
+        return norm * FLOAT32_SLACK if self.unit == "example" else norm
 
     @property
     def beta(self) -> float:
@@ -137,6 +141,21 @@ class Mechanism:
             if (part * unit) ** 2 * self.honest >= (total * whole) ** 2:
                 return share
             share = math.nextafter(share, math.inf)
+
+    def scaled(self, clip: float) -> Mechanism:
+        """The mechanism with another clip, and granularity and metric_scale in proportion.
+
+        Everything in steps stays, to 1 part in 1e15: the noise multiplier, the sensitivity, the bound on wrapping; so
+        does what a round costs. A metric's noise stays what it was, the vector's follows the clip. Scale the plan's
+        mechanism, not the last round's: then errors do not add up.
+        Raises ParameterError on a clip that is not above 0, or if granularity or metric_scale leaves its range.
+        """
+        if not LEAST <= clip <= MOST:
+            raise ParameterError(f"clip is {clip}: a number from {LEAST} to {MOST}")
+        factor = clip / self.clip
+        return replace(
+            self, clip=clip, granularity=self.granularity * factor, metric_scale=self.metric_scale * factor
+        )
 
     def sum_correction(self) -> float:
         """tau: how far a sum of h discrete Gaussians is from one, as max-divergence per coordinate.
@@ -170,12 +189,29 @@ class Mechanism:
         return min(1.0, 2.0 * self.length * math.exp(-room * room / (2 * variance)))
 
 
+class MetricSums(NamedTuple):
+    """The metrics of a contribution, or noisy ones of a group's sum. One unit adds at most (1, 1, loss_bound, 1).
+
+    Unit "device": see `device_metrics`. Unit "example": sums over the examples of one draw that counted, `unclipped`
+    being those that were not scaled down.
+    """
+
+    count: float
+    """Units."""
+    correct: float
+    """Of them, how many were predicted right."""
+    loss: float
+    """Their losses, each taken into [0, loss_bound]."""
+    unclipped: float
+    """Of them, how many had a norm of at most the clip (Andrew et al. 2021, arXiv:1905.03871)."""
+
+
 @dataclass(frozen=True)
 class Decoded:
-    """What a group's sum says.  vector: (d,) float64, weight units.  metrics: (count, correct, loss) or None; noisy."""
+    """What a group's sum says.  vector: (d,) float64, weight units.  metrics: noisy, or None if the plan has none."""
 
     vector: F64 = field(repr=False)
-    metrics: tuple[float, float, float] | None
+    metrics: MetricSums | None
 
 
 def clip_l2(vector: F64, bound: float) -> F64:
@@ -189,21 +225,48 @@ def clip_l2(vector: F64, bound: float) -> F64:
         raise ParameterError(f"a clip bound is finite and above 0, not {bound}")
     if not np.isfinite(vector).all():
         raise ParameterError("the vector holds NaN or infinity")
-    largest = float(np.abs(vector).max(initial=0.0))
-    if largest == 0.0:
-        return vector.astype(np.float64)
-    unit = vector / largest
-    norm = float(np.sqrt(unit @ unit))
+    unit, norm, largest = _directed(vector)
     if norm * largest <= bound:
         return vector.astype(np.float64)
     scaled: F64 = unit * (bound / norm)
     return scaled
 
 
+def _directed(vector: F64) -> tuple[F64, float, float]:
+    """(vector over its largest magnitude, norm of that, the magnitude). The product of the last two is the norm."""
+    largest = float(np.abs(vector).max(initial=0.0))
+    if largest == 0.0:
+        return vector, 0.0, 0.0
+    unit = vector / largest
+    return unit, float(np.sqrt(unit @ unit)), largest
+
+
+def device_metrics(mechanism: Mechanism, vector: F64, count: float, correct: float, loss: float) -> MetricSums:
+    """One device's metrics for unit "device": (1, share correct, mean loss, whether the vector is within the clip).
+
+    vector: what `encode` is given.  count, correct, loss: sums over its examples. All zero if none counted. The mean
+    loss is taken into [0, loss_bound]; NaN and infinity, which training that diverged leaves, count as loss_bound: a
+    device that goes silent then would tell of it.
+    Raises ParameterError if no number of examples is `count`, or more were correct, or on another unit.
+    """
+    if mechanism.unit != "device":
+        raise ParameterError('for unit "example" the metrics are the training graph\'s sums')
+    if not 0 <= count < math.inf:
+        raise ParameterError(f"no number of examples is {count}")
+    if count == 0:
+        return MetricSums(0.0, 0.0, 0.0, 0.0)
+    if not 0 <= correct <= count * FLOAT32_SLACK:
+        raise ParameterError(f"{correct} of {count} examples cannot be correct")
+    mean = loss / count
+    bounded = min(max(mean, 0.0), mechanism.loss_bound) if math.isfinite(mean) else mechanism.loss_bound
+    _, norm, largest = _directed(vector)
+    return MetricSums(1.0, min(correct / count, 1.0), bounded, float(norm * largest <= mechanism.clip))
+
+
 def encode(
     mechanism: Mechanism,
     vector: F64,
-    metrics: tuple[float, float, float] | None,
+    metrics: MetricSums | None,
     public_seed: bytes,
     entropy: bytes,
 ) -> NDArray[np.uint32]:
@@ -212,8 +275,7 @@ def encode(
     vector: float64 (d,), weight units. unit "device": the model's change, clipped here. unit "example": the sum of
     gradients that were each clipped inside the graph; it is not clipped again, however many there are, and zeros if
     none were drawn: an empty draw sends noise.
-    metrics: (count, correct, loss): for unit "device" of one device, averaged to at most (1, 1, loss_bound); for unit
-    "example" sums of such. None exactly if the mechanism has no metrics.
+    metrics: as `MetricSums` says for the unit. None exactly if the mechanism has no metrics.
     public_seed: the ticket's hash.  entropy: 32 fresh secret bytes, never used for another vector or seed.
     Raises ParameterError on a wrong shape, NaN or infinity; then nothing may be sent.
     """
@@ -257,21 +319,22 @@ def decode(mechanism: Mechanism, total: NDArray[np.uint32], public_seed: bytes) 
     values = rotate_back(centred.astype(np.float64) * mechanism.granularity, public_seed)
     metrics = None
     if mechanism.metric_scale:
-        count, correct, loss = (float(x) / mechanism.metric_scale for x in values[mechanism.dimension :])
-        metrics = (count, correct, loss)
+        metrics = MetricSums(*(float(x) / mechanism.metric_scale for x in values[mechanism.dimension :]))
     return Decoded(values[: mechanism.dimension], metrics)
 
 
-def _bounded(mechanism: Mechanism, metrics: tuple[float, float, float]) -> F64:
-    """The metrics, checked to be within what the sensitivity allows for their number of units.
+def _bounded(mechanism: Mechanism, metrics: MetricSums) -> F64:
+    """The metrics, checked to be within what their number of units can add, and held to it.
 
-    For "example" this sees only the sums. That no single example adds more than (1, 1, loss_bound) is the graph's part.
+    For "example" this sees only the sums. That no single example adds more than (1, 1, loss_bound, 1) is the graph's
+    part, to float32's rounding. Holding a sum to a multiple of the count does not let one example change it by more: if
+    it adds l <= L to a sum s of n, min(s + l, (n + 1) L) - min(s, n L) lies between 0 and L.
     """
-    count, correct, loss = metrics
     if not all(math.isfinite(value) and value >= 0 for value in metrics):
         raise ParameterError("the metrics hold a negative number, NaN or infinity")
-    units = 1.0 if mechanism.unit == "device" else count
-    slack = 1 + 1e-6
-    if count > units * slack or correct > units * slack or loss > units * mechanism.loss_bound * slack:
-        raise ParameterError("the metrics exceed what this many units can add: clip the losses one by one")
-    return np.array([min(count, units), min(correct, units), min(loss, units * mechanism.loss_bound)])
+    units = 1.0 if mechanism.unit == "device" else metrics.count
+    most = (units, units, units * mechanism.loss_bound, units)
+    for name, value, bound in zip(MetricSums._fields, metrics, most, strict=True):
+        if value > bound * FLOAT32_SLACK:
+            raise ParameterError(f"the metrics exceed what {units:g} units can add: {name}")
+    return np.array([min(value, bound) for value, bound in zip(metrics, most, strict=True)])

@@ -81,7 +81,7 @@ class GraphTrainer(Trainer):
         self._inputs = {t.name: np.zeros((batch, *t.shape), dtype=t.dtype) for t in manifest.inputs}
         self._label = np.zeros((batch, *manifest.label.shape), dtype=manifest.label.dtype)
         self._mask = np.zeros(batch, dtype=np.float32)
-        self._scalars = {name: np.zeros((), dtype=np.float32) for name in ("clip", "lr", "mu")}
+        self._scalars = {name: np.zeros((), dtype=np.float32) for name in ("clip", "loss_bound", "lr", "mu")}
         self._metrics = {name: np.zeros((), dtype=np.float32) for name in METRICS}
         self._steps = self._bind_training(engine.load("train"), split(self._scratch, trained))
         self._output = np.zeros((batch, *manifest.output.shape), dtype=np.float32)
@@ -200,23 +200,29 @@ class GraphTrainer(Trainer):
         indices: NDArray[np.int64],
         *,
         clip: float,
+        loss_bound: float,
         local_lr: float = 0.0,
         should_stop: Callable[[], bool] = never_stop,
     ) -> ClippedSum:
         """The sum of the examples' gradients, each clipped to L2 norm `clip` over all shared parameters together.
 
         indices: int64 (n,), distinct, any number of them: from `sampling.poisson_sample`. They run in chunks of the
-        batch size, the last one masked; none at all gives zeros.  clip: > 0, weight units.  local_lr: learning rate
-        of one step, afterwards, along the local parameters' mean gradient; 0 leaves them.  should_stop: asked before
-        every chunk.
+        batch size, the last one masked; none at all gives zeros.  clip: > 0, weight units.  loss_bound: > 0; each
+        example's loss is taken into [0, loss_bound] before it enters the sum, its gradient is not changed by that.
+        local_lr: learning rate of one step, afterwards, along the local parameters' mean gradient; 0 leaves them.
+        should_stop: asked before every chunk.
         Chunks are added up in float64. Within a chunk the sum is float32, and one more example moves those after it
         into other places: what its presence changes is then also their rounding, about 1e-7 of the clip for each
         example (docs/privacy.md section 2.5).
         Raises ParameterError on a bundle of unit "device", a wrong argument or a wrong example; RoundAborted when
-        should_stop says so; PeerError if the graph fails or its sum is longer than clipping allows.
+        should_stop says so; PeerError if the graph fails, or a sum of its gradients or losses is larger than clipping
+        allows.
         """
         self._require_unit("example")
         self._set("clip", clip)
+        self._set("loss_bound", loss_bound)
+        if loss_bound * self._manifest.batch > _MOST / 2:
+            raise ParameterError(f"loss_bound = {loss_bound}: the sum over a batch would not fit a float32")
         if not (isfinite(local_lr) and local_lr >= 0):
             raise ParameterError(f"local_lr = {local_lr} is not a number >= 0")
         self._check_indices(indices, len(examples))
@@ -230,6 +236,7 @@ class GraphTrainer(Trainer):
             found = self._read_metrics(len(batch))
             norm = _accumulate(total[: self._dimension], self._scratch[: self._dimension])
             self._check_clipped(norm, found.count, clip)
+            self._check_losses(found.loss, found.count, loss_bound)
             _accumulate(total[self._dimension :], self._scratch[self._dimension :])
             metrics += found
         self._step_local(total[self._dimension :], metrics.count, local_lr)
@@ -316,6 +323,11 @@ class GraphTrainer(Trainer):
         """Each of `count` gradients is at most `clip` long, so their sum is at most the product (false for NaN)."""
         if not norm <= count * clip * CLIP_SLACK:
             raise PeerError(f"the training graph does not clip: a sum of norm {norm:.6g} for {count:g} times {clip:g}")
+
+    def _check_losses(self, loss: float, count: float, bound: float) -> None:
+        """Each of `count` losses is in [0, bound] (false for NaN)."""
+        if not 0 <= loss <= count * bound * CLIP_SLACK:
+            raise PeerError(f"the training graph does not clip: losses of {loss:.6g} for {count:g} times {bound:g}")
 
     def _step_local(self, gradient: NDArray[np.float64], count: float, lr: float) -> None:
         local = self._sides[0][self._dimension :]

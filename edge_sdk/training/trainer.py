@@ -25,7 +25,8 @@ def never_stop() -> bool:
 class Metrics:
     """Sums over the examples of one call. They describe private data: they leave the device only inside the noise.
 
-    loss: sum over the examples counted; infinite if it overflowed float32.  correct: sum of the share of each example's
+    loss: sum over the examples counted; for unit "example" of losses taken into [0, loss_bound], for unit "device" as
+    they are, and infinite if that overflowed float32.  correct: sum of the share of each example's
     labels that were predicted right.  count: examples that counted.  clipped: of those, how many were scaled down.
     invalid: examples with NaN or infinity somewhere, which contributed nothing.
     """
@@ -106,6 +107,7 @@ class Trainer(Protocol):
         indices: NDArray[np.int64],
         *,
         clip: float,
+        loss_bound: float,
         local_lr: float = 0.0,
         should_stop: Callable[[], bool] = never_stop,
     ) -> ClippedSum:

@@ -27,6 +27,10 @@ LOOSE = 1e-4
 """Where float32 PyTorch, one example at a time, is no closer to float64 than a third of our distance."""
 
 
+LOSS_BOUND = 1e4
+"""Where a test does not ask for another: above any loss of these models."""
+
+
 @dataclass(frozen=True)
 class Expected:
     """gradients: name -> (B, *shape), every example's own gradient.  The rest: (B,)."""
@@ -180,6 +184,8 @@ def feeds_of(step: CapturedStep, batch: Batch, **scalars: float | Tensor) -> dic
     names = ["x"] if len(batch.inputs) == 1 else [f"x{i}" for i in range(len(batch.inputs))]
     found = {p.name: p.value for p in step.parameters}
     found |= dict(zip(names, batch.inputs, strict=True)) | {"y": batch.labels, "mask": batch.mask}
+    if "loss_bound" in step.train_inputs:
+        found["loss_bound"] = torch.tensor(LOSS_BOUND)
     return found | {name: torch.as_tensor(value) for name, value in scalars.items()}
 
 
@@ -199,10 +205,11 @@ def assert_example_step(
     run: Runner,
     clip: float | None = None,
 ) -> None:
-    """Every output of a unit="example" step equals the oracle's."""
+    """Every output of a unit="example" step equals the oracle's; the loss bound is one that some losses exceed."""
     exact = expected(spec, step, batch.inputs, batch.labels)
     bound = float(np.float32(middle_clip(exact.norms, batch.mask) if clip is None else clip))
-    found = run(feeds_of(step, batch, clip=bound))
+    loss_bound = float(np.float32(middle_clip(exact.losses.clamp(min=0.0), batch.mask)))
+    found = run(feeds_of(step, batch, clip=bound, loss_bound=loss_bound))
     wanted = {}
     for p in step.parameters:
         if p.role == "shared":
@@ -220,7 +227,7 @@ def assert_example_step(
         }
 
     assert_gradients(found, wanted, plain)
-    _assert_metrics(found, exact, batch.mask)
+    _assert_metrics(found, exact, exact.losses.clamp(0.0, loss_bound), batch.mask)
     assert float(found["clipped"]) == float((batch.mask * (exact.norms > bound)).sum())
 
 
@@ -252,12 +259,12 @@ def assert_device_step(
         # The new parameter is the old one and a change: float32 holds it to the larger of the two.
         scale = max(float(wanted.norm()), float(p.value.norm()), lr * float(g.norm()))
         assert float((found[f"new.{p.name}"].double() - wanted).norm()) <= TOLERANCE * scale, p.name
-    _assert_metrics(found, exact, batch.mask)
+    _assert_metrics(found, exact, exact.losses, batch.mask)
     assert float(found["clipped"]) == 0.0
 
 
-def _assert_metrics(found: Mapping[str, Tensor], exact: Expected, mask: Tensor) -> None:
-    loss = float((exact.losses * mask).sum())
+def _assert_metrics(found: Mapping[str, Tensor], exact: Expected, losses: Tensor, mask: Tensor) -> None:
+    loss = float((losses * mask).sum())
     assert abs(float(found["loss"]) - loss) <= TOLERANCE * max(abs(loss), 1e-2)
     assert abs(float(found["correct"]) - float((exact.correct * mask).sum())) <= 1e-5
     assert float(found["count"]) == float(mask.sum())

@@ -230,6 +230,38 @@ def test_a_gradient_whose_square_overflows_does_not_count() -> None:
         assert all(not tensor.any() for name, tensor in found.items() if name.startswith("grad."))
 
 
+@pytest.mark.parametrize("bound", [1e-3, 1.0, 1e6])
+def test_every_loss_is_taken_into_the_bound_before_the_sum_and_no_gradient_is(bound: float) -> None:
+    """The loss metric's sensitivity: a loss of an example's own, far out on both sides."""
+    spec = TrainingSpec(nn.Linear(3, 1), lambda out, y: out[:, 0] + y, [torch.zeros(3)], torch.zeros(()))
+    captured = Captured(spec)
+    batch = draw_batch(spec, captured.step, SIZE)
+    losses = torch.tensor([-1e5, 1e5, 0.25, 2.5, -0.5, 7e5])
+    labels = losses - spec.model(batch.inputs[0])[:, 0].detach()
+    for run in captured.runners.values():
+        found = run(feeds_of(captured.step, Batch(batch.inputs, labels, batch.mask), clip=0.5, loss_bound=bound))
+        same = run(feeds_of(captured.step, batch, clip=0.5, loss_bound=bound))
+        wanted = float((losses.clamp(0.0, bound) * batch.mask).sum())
+        assert float(found["loss"]) == pytest.approx(wanted, rel=1e-4)
+        assert float(found["count"]) == float(batch.mask.sum())
+        assert all(torch.equal(found[name], same[name]) for name in found if name.startswith("grad."))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_an_infinite_loss_makes_its_example_invalid_even_with_a_finite_gradient(value: float) -> None:
+    """Counted at the bound it would train on an example of which nothing is known but that it is broken."""
+    spec = TrainingSpec(nn.Linear(3, 1), lambda out, y: out[:, 0] + y, [torch.zeros(3)], torch.zeros(()))
+    captured = Captured(spec)
+    batch = draw_batch(spec, captured.step, SIZE)
+    labels, masked = batch.labels.clone(), batch.mask.clone()
+    labels[3], masked[3] = value, 0.0
+    for run in captured.runners.values():
+        found = run(feeds_of(captured.step, Batch(batch.inputs, labels, batch.mask), clip=0.5, loss_bound=1.0))
+        without = run(feeds_of(captured.step, Batch(batch.inputs, batch.labels, masked), clip=0.5, loss_bound=1.0))
+        assert float(found.pop("invalid")) == 1.0
+        assert all(torch.equal(found[name], without[name]) for name in found)
+
+
 class Centred(nn.Module):
     """The gradient of `layer` is zero: its output enters less its mean, and its input is the same at every step."""
 
@@ -395,7 +427,7 @@ def test_two_inputs_and_a_tuple_of_outputs() -> None:
     inputs = [torch.zeros(5, dtype=torch.int32), torch.zeros(3)]
     step = check(TrainingSpec(Both(), "cross_entropy", inputs, CLASS), onnx=True)
     names = [p.name for p in step.parameters]
-    assert step.train_inputs == (*names, "x0", "x1", "y", "mask", "clip")
+    assert step.train_inputs == (*names, "x0", "x1", "y", "mask", "clip", "loss_bound")
     assert step.train_outputs[-5:] == ("loss", "correct", "count", "clipped", "invalid")
 
 

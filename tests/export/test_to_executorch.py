@@ -111,7 +111,8 @@ class Built:
 
     def inputs(self, batch: Batch, scalar: float) -> list[Tensor]:
         parameters = [p.value for p in self.step.parameters]
-        return [*parameters, *batch.inputs, batch.labels, batch.mask, torch.tensor(scalar)]
+        scalars = [torch.tensor(scalar)] + [torch.tensor(1.6)] * ("loss_bound" in self.step.train_inputs)
+        return [*parameters, *batch.inputs, batch.labels, batch.mask, *scalars]
 
     def outputs(self, batch: Batch, scalar: float) -> dict[str, Tensor]:
         return dict(zip(self.step.train_outputs, self.run(self.inputs(batch, scalar)), strict=True))

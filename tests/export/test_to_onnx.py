@@ -82,7 +82,7 @@ def test_every_input_and_output_is_there_in_order_with_its_shape_and_type(unit: 
 
 def test_the_names_of_inputs_and_outputs_are_those_of_the_bundle(step: CapturedStep) -> None:
     names = [p.name for p in step.parameters]
-    assert step.train_inputs == (*names, "x", "y", "mask", "clip")
+    assert step.train_inputs == (*names, "x", "y", "mask", "clip", "loss_bound")
     assert step.predict_inputs == (*names, "x")
     extra = captured("device", proximal=True).train_inputs[len(names) :]
     anchors = [f"anchor.{p.name}" for p in step.parameters if p.role == "shared"]

@@ -47,18 +47,18 @@ def programs(unit: str) -> dict[str, bytes]:
         log_p = torch.log_softmax(features @ w + b + head, 1)
         target = (torch.arange(tiny.CLASSES) == y[:, None]).float()
         hits = (log_p.argmax(1) == y).float()
-        metrics = (-(log_p * target).sum(1) * counts).sum(), (hits * counts).sum(), counts.sum(), (bad * mask).sum()
+        metrics = -(log_p * target).sum(1) * counts, (hits * counts).sum(), counts.sum(), (bad * mask).sum()
         return features, log_p.exp() - target, counts, metrics
 
     class TrainExample(torch.nn.Module):
-        def forward(self, scale, w, head, b, shift, x, y, mask, clip):
+        def forward(self, scale, w, head, b, shift, x, y, mask, clip, loss_bound):
             features, delta, counts, metrics = common(scale, w, head, b, shift, x, y, mask)
             norm = torch.sqrt(((features**2).sum(1) + 1) * (delta**2).sum(1))
             ratio = torch.clamp(clip / torch.clamp(norm, min=1e-30), max=1.0)
             weighted = delta * (ratio * counts)[:, None]
             clipped = ((ratio < 1).float() * counts).sum()
             sums = features.t() @ weighted, (delta * counts[:, None]).sum(0), weighted.sum(0)
-            return *sums, metrics[0], metrics[1], metrics[2], clipped, metrics[3]
+            return *sums, torch.clamp(metrics[0], min=0.0).minimum(loss_bound).sum(), metrics[1], metrics[2], clipped, metrics[3]
 
     class TrainDevice(torch.nn.Module):
         def forward(self, scale, w, head, b, shift, x, y, mask, lr):
@@ -67,7 +67,7 @@ def programs(unit: str) -> dict[str, bytes]:
             rate = lr / torch.clamp(metrics[2], min=1.0)
             step = rate * delta.sum(0)
             new = w - rate * (features.t() @ delta), head - step, b - step
-            return *new, metrics[0], metrics[1], metrics[2], 0.0 * metrics[3], metrics[3]
+            return *new, metrics[0].sum(), metrics[1], metrics[2], 0.0 * metrics[3], metrics[3]
 
     dtypes = {"float32": torch.float32, "int64": torch.int64}
 
@@ -96,8 +96,8 @@ def close(found, expected):
 @quiet
 def test_executorch_sums_as_onnxruntime_does():
     both = bundle("example", programs("example"))
-    found = ExecutorchTrainer(both).clipped_sum(EXAMPLES, np.arange(10), clip=2.0, local_lr=0.1)
-    expected = OnnxTrainer(both).clipped_sum(EXAMPLES, np.arange(10), clip=2.0)
+    found = ExecutorchTrainer(both).clipped_sum(EXAMPLES, np.arange(10), clip=2.0, loss_bound=1.5, local_lr=0.1)
+    expected = OnnxTrainer(both).clipped_sum(EXAMPLES, np.arange(10), clip=2.0, loss_bound=1.5)
     assert close(found.gradient, expected.gradient)
     assert found.metrics.loss == pytest.approx(expected.metrics.loss, rel=1e-5)
     assert (found.metrics.count, found.metrics.clipped) == (10, expected.metrics.clipped)

@@ -23,6 +23,8 @@ KEY = tiny.PUBLISHER.public_key
 SIZE = 22
 X, Y = tiny.examples(SIZE)
 EXAMPLES = ArrayExamples(X, Y)
+LOSS_BOUND = 1.5
+BOUNDS = {"clip": 1.0, "loss_bound": LOSS_BOUND}
 
 
 @cache
@@ -34,7 +36,7 @@ def trainer(unit: str = "example", **options) -> OnnxTrainer:
     return OnnxTrainer(bundle(unit, **options))
 
 
-def clipped_sums(parameters, indices, clip, x=X, y=Y):
+def clipped_sums(parameters, indices, clip, loss_bound=LOSS_BOUND, x=X, y=Y):
     """(shared vector, head, metrics) of the sum of clipped gradients, in float64."""
     good = np.isfinite(x[indices]).all(1)
     kept = np.asarray(indices, dtype=int)[good]
@@ -42,7 +44,7 @@ def clipped_sums(parameters, indices, clip, x=X, y=Y):
     norms = np.sqrt((gw**2).sum((1, 2)) + (gb**2).sum(1))
     scale = np.minimum(1, clip / norms)
     shared = np.concatenate([(gw * scale[:, None, None]).sum(0).ravel(), (gb * scale[:, None]).sum(0)])
-    metrics = losses.sum(), right.sum(), len(kept), (norms > clip).sum(), (~good).sum()
+    metrics = np.clip(losses, 0, loss_bound).sum(), right.sum(), len(kept), (norms > clip).sum(), (~good).sum()
     return shared, gb.sum(0), metrics
 
 
@@ -57,12 +59,16 @@ def assert_close(found, expected, tolerance=2e-6):
 # Unit "example".
 
 
-@given(st.lists(st.integers(0, SIZE - 1), unique=True), st.sampled_from([1e-4, 0.3, 2.0, 1e4]))
-def test_the_clipped_sum_is_that_of_every_drawn_example_whatever_their_number(indices, clip):
+@given(
+    st.lists(st.integers(0, SIZE - 1), unique=True),
+    st.sampled_from([1e-4, 0.3, 2.0, 1e4]),
+    st.sampled_from([1e-3, 0.7, 1.5, 1e4]),
+)
+def test_the_clipped_sum_is_that_of_every_drawn_example_whatever_their_number(indices, clip, loss_bound):
     """From none to five and a half batches, never truncated."""
     model = shared_trainer()
-    found = model.clipped_sum(EXAMPLES, np.array(indices, dtype=np.int64), clip=clip)
-    shared, _, metrics = clipped_sums(bundle().parameters(), indices, clip)
+    found = model.clipped_sum(EXAMPLES, np.array(indices, dtype=np.int64), clip=clip, loss_bound=loss_bound)
+    shared, _, metrics = clipped_sums(bundle().parameters(), indices, clip, loss_bound)
     assert found.gradient.shape == (bundle().dimension,)
     assert_close(found.gradient, shared)
     assert as_tuple(found.metrics) == pytest.approx(metrics, rel=1e-5)
@@ -74,7 +80,7 @@ def shared_trainer() -> OnnxTrainer:
 
 
 def test_an_empty_draw_is_zeros_and_runs_nothing():
-    found = shared_trainer().clipped_sum(EXAMPLES, poisson_sample(SIZE, 0, ENTROPY), clip=1.0)
+    found = shared_trainer().clipped_sum(EXAMPLES, poisson_sample(SIZE, 0, ENTROPY), **BOUNDS)
     assert not found.gradient.any()
     assert found.gradient.shape == (18,)
     assert as_tuple(found.metrics) == (0, 0, 0, 0, 0)
@@ -85,8 +91,8 @@ def test_an_example_that_is_not_finite_is_counted_and_contributes_nothing(value)
     x = X.copy()
     x[[3, 7, 8], [0, 4, 2]] = value
     indices = np.arange(11)
-    found = shared_trainer().clipped_sum(ArrayExamples(x, Y), indices, clip=0.5)
-    clean = shared_trainer().clipped_sum(EXAMPLES, np.setdiff1d(indices, [3, 7, 8]), clip=0.5)
+    found = shared_trainer().clipped_sum(ArrayExamples(x, Y), indices, clip=0.5, loss_bound=LOSS_BOUND)
+    clean = shared_trainer().clipped_sum(EXAMPLES, np.setdiff1d(indices, [3, 7, 8]), clip=0.5, loss_bound=LOSS_BOUND)
     assert_close(found.gradient, clean.gradient)
     assert found.metrics.invalid == 3
     assert found.metrics.count == clean.metrics.count == 8
@@ -97,18 +103,18 @@ def test_rows_left_over_from_an_earlier_batch_never_reach_a_padded_one():
     x = X.copy()
     x[:4] = np.inf
     model = trainer()
-    model.clipped_sum(ArrayExamples(x, Y), np.arange(4), clip=1.0)
-    found = model.clipped_sum(EXAMPLES, np.array([9]), clip=1.0)
+    model.clipped_sum(ArrayExamples(x, Y), np.arange(4), **BOUNDS)
+    found = model.clipped_sum(EXAMPLES, np.array([9]), **BOUNDS)
     assert_close(found.gradient, clipped_sums(bundle().parameters(), [9], 1.0)[0])
     assert found.metrics.invalid == 0
 
 
 def test_the_result_depends_on_the_draw_alone_not_on_what_ran_before():
     model = trainer()
-    once = model.clipped_sum(EXAMPLES, np.arange(10), clip=1.0)
-    model.clipped_sum(EXAMPLES, np.arange(10, 22), clip=0.1)
+    once = model.clipped_sum(EXAMPLES, np.arange(10), **BOUNDS)
+    model.clipped_sum(EXAMPLES, np.arange(10, 22), clip=0.1, loss_bound=LOSS_BOUND)
     model.predict(X)
-    assert np.array_equal(model.clipped_sum(EXAMPLES, np.arange(10), clip=1.0).gradient, once.gradient)
+    assert np.array_equal(model.clipped_sum(EXAMPLES, np.arange(10), **BOUNDS).gradient, once.gradient)
 
 
 def test_gradients_are_taken_at_the_loaded_parameters():
@@ -117,7 +123,7 @@ def test_gradients_are_taken_at_the_loaded_parameters():
     model.load_shared(vector)
     vector_before = vector.copy()
     parameters = {**bundle().parameters(), **bundle().unflatten(vector)}
-    found = model.clipped_sum(EXAMPLES, np.arange(SIZE), clip=1.0)
+    found = model.clipped_sum(EXAMPLES, np.arange(SIZE), **BOUNDS)
     assert_close(found.gradient, clipped_sums(parameters, range(SIZE), 1.0)[0])
     assert np.array_equal(model.shared(), vector_before)
 
@@ -125,18 +131,18 @@ def test_gradients_are_taken_at_the_loaded_parameters():
 def test_local_parameters_take_one_step_along_their_mean_gradient():
     model = trainer()
     before = model.local()["head"]
-    found = model.clipped_sum(EXAMPLES, np.arange(SIZE), clip=1.0, local_lr=0.5)
+    found = model.clipped_sum(EXAMPLES, np.arange(SIZE), **BOUNDS, local_lr=0.5)
     _, head, metrics = clipped_sums(bundle().parameters(), range(SIZE), 1.0)
     assert_close(model.local()["head"], before - 0.5 * head / metrics[2])
     assert np.array_equal(model.shared(), bundle().flatten(bundle().parameters()))
-    fresh = trainer().clipped_sum(EXAMPLES, np.arange(SIZE), clip=1.0)
+    fresh = trainer().clipped_sum(EXAMPLES, np.arange(SIZE), **BOUNDS)
     assert np.array_equal(found.gradient, fresh.gradient)  # the step comes after
 
 
 def test_without_a_local_rate_local_parameters_stay():
     model = trainer()
     before = model.local()["head"]
-    model.clipped_sum(EXAMPLES, np.arange(SIZE), clip=1.0)
+    model.clipped_sum(EXAMPLES, np.arange(SIZE), **BOUNDS)
     assert np.array_equal(model.local()["head"], before)
 
 
@@ -153,15 +159,30 @@ def test_without_a_local_rate_local_parameters_stay():
 )
 def test_a_draw_that_would_break_the_sensitivity_is_refused(indices, match):
     with pytest.raises(ParameterError, match=match):
-        shared_trainer().clipped_sum(EXAMPLES, indices, clip=1.0)
+        shared_trainer().clipped_sum(EXAMPLES, indices, **BOUNDS)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), 1e39, 1e-46])
 def test_a_clip_or_rate_that_is_no_positive_float32_is_refused(value):
     with pytest.raises(ParameterError, match="clip = "):
-        shared_trainer().clipped_sum(EXAMPLES, np.arange(2), clip=value)
+        shared_trainer().clipped_sum(EXAMPLES, np.arange(2), clip=value, loss_bound=LOSS_BOUND)
+    with pytest.raises(ParameterError, match="loss_bound = "):
+        shared_trainer().clipped_sum(EXAMPLES, np.arange(2), clip=1.0, loss_bound=value)
     with pytest.raises(ParameterError, match="lr = "):
         trainer("device").train(EXAMPLES, lr=value, entropy=ENTROPY, epochs=1)
+
+
+def test_a_loss_bound_whose_sum_over_a_batch_would_overflow_is_refused():
+    with pytest.raises(ParameterError, match=r"loss_bound = 1e\+38: the sum over a batch"):
+        shared_trainer().clipped_sum(EXAMPLES, np.arange(2), clip=1.0, loss_bound=1e38)
+
+
+def test_the_loss_bound_does_not_change_the_gradient():
+    tight, loose = (
+        shared_trainer().clipped_sum(EXAMPLES, np.arange(SIZE), clip=1.0, loss_bound=bound) for bound in (1e-6, 1e6)
+    )
+    assert np.array_equal(tight.gradient, loose.gradient)
+    assert tight.metrics.loss == pytest.approx(1e-6 * SIZE)
 
 
 # Unit "device".
@@ -252,7 +273,7 @@ def test_a_bundle_trains_its_own_unit_only():
     with pytest.raises(ParameterError, match="for unit example, not device"):
         shared_trainer().train(EXAMPLES, lr=0.1, entropy=ENTROPY, epochs=1)
     with pytest.raises(ParameterError, match="for unit device, not example"):
-        trainer("device").clipped_sum(EXAMPLES, np.arange(2), clip=1.0)
+        trainer("device").clipped_sum(EXAMPLES, np.arange(2), **BOUNDS)
 
 
 # Stopping and failing leave the parameters from before.
@@ -277,7 +298,7 @@ def test_training_that_is_stopped_leaves_the_parameters_from_before(batches):
     assert np.array_equal(model.shared(), start)
     assert np.array_equal(model.local()["head"], head)
     with pytest.raises(RoundAborted, match=f"after {batches} batches"):
-        shared_trainer().clipped_sum(EXAMPLES, np.arange(SIZE), clip=1.0, should_stop=stop_at(batches))
+        shared_trainer().clipped_sum(EXAMPLES, np.arange(SIZE), **BOUNDS, should_stop=stop_at(batches))
 
 
 @pytest.mark.parametrize("label", [-1, tiny.CLASSES, 1 << 40])
@@ -304,7 +325,7 @@ def test_a_label_out_of_range_is_named_and_changes_nothing(label):
 )
 def test_examples_of_another_shape_or_dtype_are_named(inputs, labels, match):
     with pytest.raises(ParameterError, match=match):
-        shared_trainer().clipped_sum(ArrayExamples(inputs, labels), np.arange(3), clip=1.0)
+        shared_trainer().clipped_sum(ArrayExamples(inputs, labels), np.arange(3), **BOUNDS)
 
 
 def test_arrays_of_different_lengths_are_refused():
@@ -319,15 +340,15 @@ def test_fetched_examples_train_like_arrays():
         asked.append(len(indices))
         return [X[indices]], Y[indices]
 
-    found = shared_trainer().clipped_sum(FetchedExamples(SIZE, fetch), np.arange(10), clip=1.0)
-    assert np.array_equal(found.gradient, shared_trainer().clipped_sum(EXAMPLES, np.arange(10), clip=1.0).gradient)
+    found = shared_trainer().clipped_sum(FetchedExamples(SIZE, fetch), np.arange(10), **BOUNDS)
+    assert np.array_equal(found.gradient, shared_trainer().clipped_sum(EXAMPLES, np.arange(10), **BOUNDS).gradient)
     assert asked == [4, 4, 2]
 
 
 def test_a_fetch_that_gives_too_few_rows_is_refused():
     short = FetchedExamples(SIZE, lambda indices: ([X[indices[:-1]]], Y[indices]))
     with pytest.raises(ParameterError, match="'x': 3 rows for 4 examples"):
-        shared_trainer().clipped_sum(short, np.arange(4), clip=1.0)
+        shared_trainer().clipped_sum(short, np.arange(4), **BOUNDS)
 
 
 # Loading and predicting.
@@ -389,8 +410,8 @@ def test_a_trainer_needs_a_thread(threads):
 
 
 def test_two_threads_give_the_same_sum():
-    two = OnnxTrainer(bundle(), threads=2).clipped_sum(EXAMPLES, np.arange(SIZE), clip=1.0)
-    assert_close(two.gradient, shared_trainer().clipped_sum(EXAMPLES, np.arange(SIZE), clip=1.0).gradient)
+    two = OnnxTrainer(bundle(), threads=2).clipped_sum(EXAMPLES, np.arange(SIZE), **BOUNDS)
+    assert_close(two.gradient, shared_trainer().clipped_sum(EXAMPLES, np.arange(SIZE), **BOUNDS).gradient)
 
 
 # Graphs that pass the bundle's check and still misbehave.
@@ -420,6 +441,8 @@ def misbehaving(changed: dict[str, str], nodes=()) -> OnnxTrainer:
         ({"grad.w": "w"}, (), "does not clip"),
         ({"grad.b": "not_a_number"}, [helper.make_node("Div", ["zero", "zero"], ["not_a_number_1"]),
                                       helper.make_node("Add", ["not_a_number_1", "b"], ["not_a_number"])], "not clip"),
+        ({"loss": "clip"}, (), "does not clip: losses"),
+        ({"loss": "below_0"}, [helper.make_node("Neg", ["honest.loss"], ["below_0"])], "does not clip: losses"),
         ({"count": "clip"}, (), "do not add up"),
         ({"invalid": "clip"}, (), "do not add up"),
         ({"correct": "clip"}, (), "do not add up"),
@@ -428,13 +451,14 @@ def misbehaving(changed: dict[str, str], nodes=()) -> OnnxTrainer:
 )  # fmt: skip
 def test_a_graph_that_breaks_its_contract_is_caught(changed, nodes, match):
     with pytest.raises(PeerError, match=match):
-        misbehaving(changed, nodes).clipped_sum(EXAMPLES, np.arange(3), clip=1e-3 if "clip" in match else 77.5)
+        clip = 1e-3 if match in ("does not clip", "not clip") else 77.5
+        misbehaving(changed, nodes).clipped_sum(EXAMPLES, np.arange(3), clip=clip, loss_bound=LOSS_BOUND)
 
 
 def test_a_graph_that_counts_padding_is_caught():
     with pytest.raises(PeerError, match="do not add up"):
         misbehaving({"count": "batch"}, [helper.make_node("Add", ["honest.count", "one"], ["batch"])]).clipped_sum(
-            EXAMPLES, np.arange(3), clip=1.0
+            EXAMPLES, np.arange(3), **BOUNDS
         )
 
 

@@ -114,8 +114,7 @@ def per_example() -> list:
         n("Sub", ["p", "target"], ["delta"]),
         n("Mul", ["log_p", "target"], ["log_likelihoods"]),
         n("ReduceSum", ["log_likelihoods", "axis1"], ["log_likelihood"], keepdims=0),
-        n("Neg", ["log_likelihood"], ["losses"]), n("Mul", ["losses", "counts"], ["counted_losses"]),
-        n("ReduceSum", ["counted_losses"], ["loss"], keepdims=0),
+        n("Neg", ["log_likelihood"], ["losses"]),
         n("ArgMax", ["output"], ["best"], axis=1, keepdims=0), n("Equal", ["best", "y"], ["hit"]),
         n("Cast", ["hit"], ["hit_f"], to=TensorProto.FLOAT), n("Mul", ["hit_f", "counts"], ["hits"]),
         n("ReduceSum", ["hits"], ["correct"], keepdims=0), n("ReduceSum", ["counts"], ["count"], keepdims=0),
@@ -137,10 +136,20 @@ def weighted_gradients(weights: str, shared: tuple[str, str], local: str) -> lis
     ]
 
 
-def clipping() -> list:
-    """`weights` (B,): counts * min(1, clip / norm), and the number clipped."""
+def summed(losses: str) -> list:
+    """`loss`: over the examples that count."""
     n = helper.make_node
     return [
+        n("Mul", [losses, "counts"], ["counted_losses"]), n("ReduceSum", ["counted_losses"], ["loss"], keepdims=0),
+    ]  # fmt: skip
+
+
+def clipping() -> list:
+    """`weights` (B,): counts * min(1, clip / norm), the number clipped, and `loss` of what is within `loss_bound`."""
+    n = helper.make_node
+    return [
+        n("Max", ["losses", "zero"], ["losses_above_0"]), n("Min", ["losses_above_0", "loss_bound"], ["losses_within"]),
+        *summed("losses_within"),
         n("ReduceSumSquare", ["features", "axis1"], ["features_sq"], keepdims=0),
         n("Add", ["features_sq", "one"], ["features_sq_1"]),  # the bias's input is 1
         n("ReduceSumSquare", ["delta", "axis1"], ["delta_sq"], keepdims=0),
@@ -158,7 +167,7 @@ def train_graph(manifest: Manifest) -> bytes:
     if manifest.unit == "example":
         nodes += clipping() + weighted_gradients("weights", ("grad.w", "grad.b"), "local_grad.head")
     else:
-        nodes += weighted_gradients("counts", ("sum.w", "sum.b"), "sum.head")
+        nodes += summed("losses") + weighted_gradients("counts", ("sum.w", "sum.b"), "sum.head")
         nodes += [n("Max", ["count", "one"], ["divisor"]), n("Div", ["lr", "divisor"], ["rate"])]
         nodes.append(n("Identity", ["zero"], ["clipped"]))
         for name in ("w", "b", "head"):
