@@ -193,8 +193,8 @@ def middle_clip(norms: Tensor, mask: Tensor) -> float:
     """A bound that clips about half of the examples and is not close to any norm."""
     kept = norms[mask > 0].sort().values
     half = len(kept) // 2
-    if len(kept) == 1:
-        return float(kept[0]) * 0.5
+    if len(kept) <= 1:
+        return float(kept.sum()) * 0.5 or 1.0
     return float((kept[half - 1] + kept[half]) / 2) or 1.0
 
 

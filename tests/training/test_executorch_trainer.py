@@ -58,7 +58,8 @@ def programs(unit: str) -> dict[str, bytes]:
             weighted = delta * (ratio * counts)[:, None]
             clipped = ((ratio < 1).float() * counts).sum()
             sums = features.t() @ weighted, (delta * counts[:, None]).sum(0), weighted.sum(0)
-            return *sums, torch.clamp(metrics[0], min=0.0).minimum(loss_bound).sum(), metrics[1], metrics[2], clipped, metrics[3]
+            loss = torch.minimum(torch.clamp(metrics[0], min=0.0), loss_bound).sum()
+            return *sums, loss, metrics[1], metrics[2], clipped, metrics[3]
 
     class TrainDevice(torch.nn.Module):
         def forward(self, scale, w, head, b, shift, x, y, mask, lr):
