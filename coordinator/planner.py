@@ -333,7 +333,7 @@ def _bisect(low: float, high: float, holds: Callable[[float], bool]) -> float:
 
 def _finest(work: Work, cohort: Cohort, multiplier: float, bits: int) -> Mechanism:
     """The mechanism with this noise multiplier and the smallest step whose sums hardly wrap."""
-    whole = math.hypot(work.clip, work.metric_scale * math.sqrt(2 + work.loss_bound**2))
+    whole = math.hypot(work.clip, work.metric_scale * math.sqrt(3 + work.loss_bound**2))
     if not (math.isfinite(whole) and whole > 0):
         raise ParameterError(f"clip is {work.clip}: a finite number above 0")
     last: Mechanism | None = None

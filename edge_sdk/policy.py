@@ -31,12 +31,47 @@ from msgspec import Meta
 
 from edge_sdk.errors import ParameterError, PeerError
 from edge_sdk.privacy.ledger_entry import Limits
-from edge_sdk.privacy.mechanism import Mechanism, Unit
+from edge_sdk.privacy.mechanism import METRICS, Mechanism, Unit
+from edge_sdk.privacy.rdp import Sampling
 from edge_sdk.protocol.contributor import Terms
 from edge_sdk.protocol.rounds import Round
 
 HexKey = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 TaskName = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9._-]*\Z")]
+
+
+def mechanism_of(round_: Round) -> Mechanism:
+    """The mechanism that a ticket asks for: the one place where its numbers become one.
+
+    Raises PeerError that names the ticket's field if there is no such mechanism.
+    """
+    ticket, noise = round_.ticket, round_.ticket.noise
+    metrics = METRICS if noise.metric_scale else 0
+    if ticket.dimension <= metrics:
+        raise PeerError(f"ticket: dimension is {ticket.dimension}, of which {metrics} are metrics: nothing is left")
+    try:
+        return Mechanism(
+            unit=noise.unit,
+            dimension=ticket.dimension - metrics,
+            clip=noise.clip,
+            granularity=noise.granularity,
+            sigma=noise.sigma,
+            honest=ticket.honest,
+            modulus_bits=round_.layout.modulus_bits,
+            metric_scale=noise.metric_scale,
+            loss_bound=noise.loss_bound,
+        )
+    except ParameterError as error:
+        raise PeerError(f"ticket: {error}") from error
+
+
+def sampling_of(round_: Round) -> Sampling:
+    """The coins that a ticket asks for. Raises PeerError that names the ticket's field on a rate outside (0, 1]."""
+    noise = round_.ticket.noise
+    try:
+        return Sampling(device=noise.device_rate, example=noise.example_rate)
+    except ParameterError as error:
+        raise PeerError(f"ticket: {error}") from error
 
 
 class TaskPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,11 +127,10 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         own = self._task(task)
         _listed("publisher", publisher, self.publishers, own.publishers)
 
-    def check_round(self, round_: Round, mechanism: Mechanism, device_rate: float) -> None:
+    def check_round(self, round_: Round) -> None:
         """Return if this device may take part as far as the policy goes beyond `terms`; budgets are the ledger's.
 
-        mechanism: the ticket's, with the task's metrics.  device_rate: how often this device would take part.
-        Raises PeerError that names what is not allowed.
+        Raises PeerError that names what is not allowed, or the ticket's field that makes no mechanism.
         """
         ticket, frozen = round_.ticket, round_.epoch.frozen
         own = self._task(ticket.task)
@@ -104,19 +138,18 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _listed("operator", frozen.coordinator, self.operators, own.operators)
         if self.protects == "device" and ticket.noise.unit == "example":
             raise PeerError('ticket: unit "example" protects no whole device, and this policy does')
-        noise = ticket.noise
-        if (noise.unit, noise.clip, noise.granularity, noise.sigma, ticket.honest, ticket.dimension) != (
-            mechanism.unit, mechanism.clip, mechanism.granularity, mechanism.sigma, mechanism.honest, mechanism.length,
-        ):  # fmt: skip
-            raise ParameterError("the mechanism is not the ticket's")
+        mechanism, sampling = mechanism_of(round_), sampling_of(round_)
         floor = max(self.min_noise_multiplier, own.min_noise_multiplier)
         if not mechanism.noise_multiplier >= floor:
             raise PeerError(
                 f"ticket: noise of {mechanism.noise_multiplier:.3g} times what one unit adds is below this device's "
                 f"floor of {floor}"
             )
-        if not 0 < device_rate <= self.max_device_rate:
-            raise PeerError(f"ticket: taking part at rate {device_rate} is more often than {self.max_device_rate}")
+        if not sampling.device <= self.max_device_rate:
+            raise PeerError(
+                f"ticket: device_rate {sampling.device} is more often than this device takes part: "
+                f"{self.max_device_rate}"
+            )
 
     def _task(self, task: str) -> TaskPolicy:
         own = self.tasks.get(task)

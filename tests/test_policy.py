@@ -6,25 +6,29 @@ import os
 from dataclasses import replace
 from functools import cache
 
+import msgspec
+import numpy as np
 import pytest
 
 from edge_sdk.errors import ParameterError, PeerError
 from edge_sdk.ledger import Ledger, create_ledger
-from edge_sdk.policy import Policy
+from edge_sdk.policy import Policy, mechanism_of, sampling_of
 from edge_sdk.privacy.ledger_entry import Limits, Release
-from edge_sdk.privacy.mechanism import Mechanism
+from edge_sdk.privacy.mechanism import Mechanism, MetricSums, encode
 from edge_sdk.privacy.rdp import Budget, Sampling
 from edge_sdk.protocol import reference
 from edge_sdk.protocol.messages import NoisePlan, Signed
+from edge_sdk.protocol.plan import delta_bits
 from edge_sdk.protocol.rounds import Round
 
 ENTROPY = bytes(range(32))
 PUBLISHER = b"\x07" * 32
+NOTHING = MetricSums(0.0, 0.0, 0.0, 0.0)
 
 
 def mechanism(unit="example", multiplier=3.0, honest=3):
     draft = Mechanism(
-        unit=unit, dimension=97, clip=0.5, granularity=1e-4, sigma=1e4, honest=honest, modulus_bits=22,
+        unit=unit, dimension=97, clip=0.5, granularity=1e-4, sigma=1e4, honest=honest, modulus_bits=24,
         metric_scale=0.05, loss_bound=2.0,
     )  # fmt: skip
     return replace(draft, sigma=multiplier * draft.sensitivity_steps)
@@ -36,15 +40,16 @@ def fleet():
 
 
 @cache
-def round_of(mechanism, task="keywords"):
+def round_of(mechanism, task="keywords", dimension=None, device_rate=1.0, example_rate=1.0, **changes):
     noise = NoisePlan(
         mechanism.unit, mechanism.clip, mechanism.granularity, mechanism.sigma,
-        mechanism.metric_scale, mechanism.loss_bound, device_rate=1.0, example_rate=1.0,
+        mechanism.metric_scale, mechanism.loss_bound, device_rate, example_rate,
     )  # fmt: skip
+    noise = msgspec.structs.replace(noise, **changes)
     return reference.open_ticket(
         reference.make_fleet(ENTROPY, 8),
         ENTROPY,
-        mechanism.length,
+        dimension or mechanism.length,
         n_max=8,
         honest=mechanism.honest,
         noise=noise,
@@ -141,24 +146,24 @@ def test_the_policy_in_the_modules_text_is_one():
 
 
 def test_a_round_within_the_policy_is_allowed():
-    policy().check_round(round_of(mechanism()), mechanism(), 1.0)
+    policy().check_round(round_of(mechanism()))
     policy().check_publisher("keywords", PUBLISHER)
     policy().terms("keywords", bytes(32)).check(round_of(mechanism()))
 
 
 def test_an_authority_that_is_not_listed_is_refused():
     with pytest.raises(PeerError, match="fleet authority"):
-        policy(authorities=f'["{"cd" * 32}"]').check_round(round_of(mechanism()), mechanism(), 1.0)
+        policy(authorities=f'["{"cd" * 32}"]').check_round(round_of(mechanism()))
 
 
 def test_an_operator_that_is_not_listed_is_refused():
     with pytest.raises(PeerError, match="operator"):
-        policy(operators=f'["{"cd" * 32}"]').check_round(round_of(mechanism()), mechanism(), 1.0)
+        policy(operators=f'["{"cd" * 32}"]').check_round(round_of(mechanism()))
 
 
 def test_a_task_may_have_fewer_operators_than_the_device():
     with pytest.raises(PeerError, match="operator"):
-        policy().check_round(round_of(mechanism(), "narrow"), mechanism(), 1.0)
+        policy().check_round(round_of(mechanism(), "narrow"))
 
 
 def test_a_tasks_list_does_not_add_to_the_devices():
@@ -170,7 +175,7 @@ def test_a_tasks_list_does_not_add_to_the_devices():
 
 def test_a_task_that_is_not_listed_is_refused_everywhere():
     for refused in (
-        lambda: policy().check_round(round_of(mechanism(), "other"), mechanism(), 1.0),
+        lambda: policy().check_round(round_of(mechanism(), "other")),
         lambda: policy().terms("other", bytes(32)),
         lambda: policy().check_publisher("other", PUBLISHER),
     ):
@@ -181,7 +186,7 @@ def test_a_task_that_is_not_listed_is_refused_everywhere():
 def test_noise_below_the_floor_is_refused_with_all_that_one_unit_adds_counted():
     weak = mechanism(multiplier=0.49)
     with pytest.raises(PeerError, match=r"below this device's floor of 0\.5"):
-        policy().check_round(round_of(weak), weak, 1.0)
+        policy().check_round(round_of(weak))
     # The clip alone would let it pass: metrics and rounding add to what one example moves.
     assert weak.sigma * weak.granularity / weak.clip > 0.5
 
@@ -190,7 +195,7 @@ def test_a_stricter_task_raises_the_floors():
     terms = policy().terms("strict", bytes(32))
     assert (terms.min_honest, terms.min_noise_multiplier) == (5, 4.0)
     with pytest.raises(PeerError, match="floor of 4"):
-        policy().check_round(round_of(mechanism(), "strict"), mechanism(), 1.0)
+        policy().check_round(round_of(mechanism(), "strict"))
 
 
 def test_a_cohort_below_the_least_is_refused_by_the_terms():
@@ -201,31 +206,61 @@ def test_a_cohort_below_the_least_is_refused_by_the_terms():
 
 def test_rounds_of_examples_are_refused_where_whole_devices_are_protected():
     with pytest.raises(PeerError, match="protects no whole device"):
-        policy(protects='"device"').check_round(round_of(mechanism()), mechanism(), 1.0)
+        policy(protects='"device"').check_round(round_of(mechanism()))
 
 
-@pytest.mark.parametrize("rate", [0.51, 0.0, float("nan")])
-def test_taking_part_more_often_than_allowed_is_refused(rate):
-    with pytest.raises(PeerError, match="rate"):
-        policy(max_device_rate="0.5").check_round(round_of(mechanism()), mechanism(), rate)
+def test_taking_part_more_often_than_allowed_is_refused():
+    with pytest.raises(PeerError, match=r"ticket: device_rate 0\.51 .*0\.5"):
+        policy(max_device_rate="0.5").check_round(round_of(mechanism(), device_rate=0.51))
+    policy(max_device_rate="0.5").check_round(round_of(mechanism(), device_rate=0.5, example_rate=0.9))
+
+
+@pytest.mark.parametrize("unit", ["device", "example"])
+@pytest.mark.parametrize("metric_scale", [0.0, 0.05])
+def test_the_mechanism_of_a_round_is_the_one_that_its_ticket_was_made_from(unit, metric_scale):
+    asked = replace(mechanism(unit), metric_scale=metric_scale)
+    round_ = round_of(asked, example_rate=1.0 if unit == "device" else 0.3, device_rate=0.7)
+    assert mechanism_of(round_) == asked
+    assert sampling_of(round_) == Sampling(0.7, 1.0 if unit == "device" else 0.3)
+    assert encode(asked, np.zeros(97), NOTHING if metric_scale else None, round_.tid, ENTROPY).shape == (
+        round_.ticket.dimension,
+    )
+    assert round_.ticket.dimension == 97 + (4 if metric_scale else 0)
+
+
+def test_the_modulus_of_a_rounds_mechanism_is_what_its_n_max_leaves():
+    assert mechanism_of(round_of(mechanism())).modulus_bits == 32 - delta_bits(8)
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"sigma": 1e6}, {"clip": 0.4}, {"granularity": 2e-4}, {"honest": 4}, {"dimension": 96}, {"unit": "device"}],
+    ("changes", "named"),
+    [
+        ({"sigma": 0.001}, "sigma"),
+        ({"sigma": 1e20}, "sigma"),
+        ({"granularity": 1e-29}, "granularity"),
+        ({"granularity": 1e-200}, "granularity"),
+        ({"clip": 1e-300}, "clip"),
+        ({"loss_bound": 1e-300}, "loss_bound"),
+        ({"metric_scale": 1e-300}, "metric_scale"),
+        ({"metric_scale": 1e29, "loss_bound": 1e29}, "granularity"),
+        ({"dimension": 4}, "dimension"),
+        ({"dimension": 1}, "dimension"),
+    ],
 )
-def test_a_mechanism_that_is_not_the_tickets_is_refused(changes):
-    with pytest.raises(ParameterError, match="not the ticket's"):
-        policy().check_round(round_of(mechanism()), replace(mechanism(), **changes), 1.0)
+def test_a_ticket_whose_numbers_make_no_mechanism_is_the_coordinators_fault_by_the_fields_name(changes, named):
+    round_ = round_of(mechanism(), **changes)
+    for refused in (lambda: mechanism_of(round_), lambda: policy().check_round(round_)):
+        with pytest.raises(PeerError, match=rf"ticket: {named}\b"):
+            refused()
 
 
 def test_policy_round_and_ledger_fit_together(tmp_path):
-    rules, round_ = policy(), round_of(mechanism())
-    rules.check_round(round_, mechanism(), 1.0)
+    rules, round_ = policy(), round_of(mechanism(), example_rate=0.3)
+    rules.check_round(round_)
     create_ledger(tmp_path / "ledger", fleet().devices[0].public_key)
     owner = fleet().devices[0].public_key
     with Ledger(tmp_path / "ledger", owner, rules.protects, rules.lifetime, rules.task_limits) as ledger:
-        release = Release.of(mechanism(), Sampling(example=0.3))
+        release = Release.of(mechanism_of(round_), sampling_of(round_))
         assert isinstance(round_, Round)
         assert isinstance(round_.signed, Signed)
         ticket = round_.ticket

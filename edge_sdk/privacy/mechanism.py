@@ -8,8 +8,8 @@ is.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from dataclasses import asdict, astuple, dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,9 +153,7 @@ class Mechanism:
         if not LEAST <= clip <= MOST:
             raise ParameterError(f"clip is {clip}: a number from {LEAST} to {MOST}")
         factor = clip / self.clip
-        return replace(
-            self, clip=clip, granularity=self.granularity * factor, metric_scale=self.metric_scale * factor
-        )
+        return replace(self, clip=clip, granularity=self.granularity * factor, metric_scale=self.metric_scale * factor)
 
     def sum_correction(self) -> float:
         """tau: how far a sum of h discrete Gaussians is from one, as max-divergence per coordinate.
@@ -189,7 +187,8 @@ class Mechanism:
         return min(1.0, 2.0 * self.length * math.exp(-room * room / (2 * variance)))
 
 
-class MetricSums(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class MetricSums:
     """The metrics of a contribution, or noisy ones of a group's sum. One unit adds at most (1, 1, loss_bound, 1).
 
     Unit "device": see `device_metrics`. Unit "example": sums over the examples of one draw that counted, `unclipped`
@@ -247,7 +246,8 @@ def device_metrics(mechanism: Mechanism, vector: F64, count: float, correct: flo
     vector: what `encode` is given.  count, correct, loss: sums over its examples. All zero if none counted. The mean
     loss is taken into [0, loss_bound]; NaN and infinity, which training that diverged leaves, count as loss_bound: a
     device that goes silent then would tell of it.
-    Raises ParameterError if no number of examples is `count`, or more were correct, or on another unit.
+    Raises ParameterError if `count` is no number of examples, or more were correct; on a vector with NaN or infinity; for
+    unit "example".
     """
     if mechanism.unit != "device":
         raise ParameterError('for unit "example" the metrics are the training graph\'s sums')
@@ -259,6 +259,8 @@ def device_metrics(mechanism: Mechanism, vector: F64, count: float, correct: flo
         raise ParameterError(f"{correct} of {count} examples cannot be correct")
     mean = loss / count
     bounded = min(max(mean, 0.0), mechanism.loss_bound) if math.isfinite(mean) else mechanism.loss_bound
+    if not np.isfinite(vector).all():
+        raise ParameterError("the vector holds NaN or infinity")
     _, norm, largest = _directed(vector)
     return MetricSums(1.0, min(correct / count, 1.0), bounded, float(norm * largest <= mechanism.clip))
 
@@ -330,11 +332,11 @@ def _bounded(mechanism: Mechanism, metrics: MetricSums) -> F64:
     part, to float32's rounding. Holding a sum to a multiple of the count does not let one example change it by more: if
     it adds l <= L to a sum s of n, min(s + l, (n + 1) L) - min(s, n L) lies between 0 and L.
     """
-    if not all(math.isfinite(value) and value >= 0 for value in metrics):
+    if not all(math.isfinite(value) and value >= 0 for value in astuple(metrics)):
         raise ParameterError("the metrics hold a negative number, NaN or infinity")
     units = 1.0 if mechanism.unit == "device" else metrics.count
-    most = (units, units, units * mechanism.loss_bound, units)
-    for name, value, bound in zip(MetricSums._fields, metrics, most, strict=True):
-        if value > bound * FLOAT32_SLACK:
+    most = MetricSums(units, units, units * mechanism.loss_bound, units)
+    for name, bound in asdict(most).items():
+        if getattr(metrics, name) > bound * FLOAT32_SLACK:
             raise ParameterError(f"the metrics exceed what {units:g} units can add: {name}")
-    return np.array([min(value, bound) for value, bound in zip(metrics, most, strict=True)])
+    return np.minimum(astuple(metrics), astuple(most))

@@ -1,7 +1,7 @@
 """What devices send sums to the central Gaussian's answer, hides one unit as claimed, and is refused when ill-posed."""
 
 import math
-from dataclasses import replace
+from dataclasses import astuple, replace
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from hashlib import sha256
@@ -15,13 +15,25 @@ from hypothesis import strategies as st
 from edge_sdk.crypto.stream import KeyStream
 from edge_sdk.errors import ParameterError
 from edge_sdk.privacy import mechanism as module
-from edge_sdk.privacy.mechanism import CONDITIONAL_BETA, UNCONDITIONAL_BETA, Mechanism, clip_l2, decode, encode
+from edge_sdk.privacy.mechanism import (
+    CONDITIONAL_BETA,
+    UNCONDITIONAL_BETA,
+    Mechanism,
+    MetricSums,
+    clip_l2,
+    decode,
+    device_metrics,
+    encode,
+)
 from edge_sdk.privacy.noise import NoiseSampler
 from edge_sdk.privacy.rotation import rotate_back
 
 SEED = bytes(range(32))
 DEVICE = Mechanism("device", 40, 1.0, 0.01, 100.0, 4, 18)
 EXAMPLE = Mechanism("example", 40, 1.0, 0.01, 100.0, 4, 24, metric_scale=0.5, loss_bound=3.0)
+
+
+NOTHING = MetricSums(0.0, 0.0, 0.0, 0.0)
 
 
 def entropy(number: int) -> bytes:
@@ -101,13 +113,15 @@ def test_over_many_rounds_the_mean_of_the_decoded_sum_is_the_sum(unit):
 def test_metrics_come_back_unbiased():
     n, rounds = 4, 1500
     mechanism = EXAMPLE
-    metrics = [(5.0, 3.0, 7.5), (0.0, 0.0, 0.0), (31.0, 31.0, 93.0), (1.0, 0.0, 3.0)]
+    metrics = [
+        MetricSums(5.0, 3.0, 7.5, 4.0), NOTHING, MetricSums(31.0, 31.0, 93.0, 31.0), MetricSums(1.0, 0.0, 3.0, 0.0)
+    ]  # fmt: skip
     vectors = [3.0 * unit_vector(40, i) for i in range(n)]
     seen = []
     for r in range(rounds):
         encoded = [encode(mechanism, vectors[i], metrics[i], SEED, entropy(n * r + i)) for i in range(n)]
         seen.append(decode(mechanism, total(mechanism, encoded), SEED).metrics)
-    error = np.array(seen) - np.sum(metrics, axis=0)
+    error = np.array([astuple(m) for m in seen]) - np.sum([astuple(m) for m in metrics], axis=0)
     spread = 0.01 * math.sqrt(100.0**2 + n / 4) / mechanism.metric_scale
     assert np.abs(error.mean(axis=0)).max() < 5 * spread / math.sqrt(rounds)
     assert np.allclose(error.std(axis=0), spread, rtol=0.1)
@@ -145,7 +159,7 @@ def test_a_share_that_one_unit_in_the_last_place_would_not_save():
 
 def test_an_empty_draw_sends_its_share_of_noise():
     mechanism = Mechanism("example", 50_000, 1.0, 0.01, 400.0, 16, 20, metric_scale=0.1)
-    sent = centred(mechanism, encode(mechanism, np.zeros(50_000), (0.0, 0.0, 0.0), SEED, entropy(0))).astype(float)
+    sent = centred(mechanism, encode(mechanism, np.zeros(50_000), NOTHING, SEED, entropy(0))).astype(float)
     assert (sent**2).mean() == pytest.approx(100.0**2, rel=5 * math.sqrt(2 / 50_000))
     assert abs(sent.mean()) < 5 * 100 / math.sqrt(50_000)
 
@@ -153,9 +167,9 @@ def test_an_empty_draw_sends_its_share_of_noise():
 def test_every_coordinate_carries_noise_the_metrics_too():
     """Before the rotation is undone, since afterwards one coordinate's noise is everybody's."""
     rounds = 2000
-    sent = [encode(EXAMPLE, np.zeros(40), (0.0, 0.0, 0.0), SEED, entropy(i)) for i in range(rounds)]
+    sent = [encode(EXAMPLE, np.zeros(40), NOTHING, SEED, entropy(i)) for i in range(rounds)]
     variances = (centred(EXAMPLE, np.array(sent)).astype(float) ** 2).mean(axis=0)
-    assert variances.shape == (43,)
+    assert variances.shape == (44,)
     assert np.abs(variances / 50.0**2 - 1).max() < 5 * math.sqrt(2 / rounds)
 
 
@@ -183,15 +197,15 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 
 @given(
     st.lists(finite, min_size=40, max_size=40),
-    st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(0, 3)),
+    st.builds(MetricSums, st.floats(0, 1), st.floats(0, 1), st.floats(0, 3), st.floats(0, 1)),
     st.booleans(),
     st.sampled_from([0.5, 0.01, 1e-4]),
 )
 def test_a_devices_whole_message_is_never_longer_than_its_sensitivity(values, metrics, most, granularity):
     mechanism = Mechanism("device", 40, 1.0, granularity, 100.0, 4, 31, metric_scale=0.7, loss_bound=3.0)
-    metrics = (1.0, 1.0, 3.0) if most else metrics
+    metrics = MetricSums(1.0, 1.0, 3.0, 1.0) if most else metrics
     message = encode(mechanism, np.array(values), metrics, SEED, entropy(1))
-    nothing = encode(mechanism, np.zeros(40), (0.0, 0.0, 0.0), SEED, entropy(1))
+    nothing = encode(mechanism, np.zeros(40), NOTHING, SEED, entropy(1))
     difference = centred(mechanism, message.astype(np.int64) - nothing)
     assert sum(int(x) ** 2 for x in difference) <= mechanism.sensitivity_steps**2
 
@@ -200,13 +214,14 @@ def test_a_devices_whole_message_is_never_longer_than_its_sensitivity(values, me
 def test_one_example_moves_a_sum_by_no_more_than_its_sensitivity(key, others, granularity):
     mechanism = replace(EXAMPLE, granularity=granularity, modulus_bits=31, sigma=10.0)
     base = others * unit_vector(40, key)
-    before = encode(mechanism, base, (others, others / 2, 2.5 * others), SEED, entropy(key))
+    before = encode(mechanism, base, MetricSums(others, others / 2, 2.5 * others, others / 3), SEED, entropy(key))
     one = base + 1.0009 * unit_vector(40, key + 1)  # what float32 may make of a gradient of norm 1
-    after = encode(mechanism, one, (others + 1, others / 2 + 1, 2.5 * others + 3.0), SEED, entropy(key))
+    more = MetricSums(others + 1, others / 2 + 1, 2.5 * others + 3.0, others / 3 + 1)
+    after = encode(mechanism, one, more, SEED, entropy(key))
     difference = centred(mechanism, after.astype(np.int64) - before)
     assert sum(int(x) ** 2 for x in difference) <= mechanism.sensitivity_steps**2
-    exact = math.sqrt(1.0009**2 + 0.25 * (2 + 9)) / granularity
-    assert math.sqrt(sum(int(x) ** 2 for x in difference)) > exact - math.sqrt(43)
+    exact = math.sqrt(1.0009**2 + 0.25 * (3 + 9)) / granularity
+    assert math.sqrt(sum(int(x) ** 2 for x in difference)) > exact - math.sqrt(44)
 
 
 def test_a_devices_message_is_held_to_its_sensitivity_where_one_rounding_in_nine_would_pass_it():
@@ -232,9 +247,9 @@ def test_sensitivities_of_both_units_by_hand():
     assert device.sensitivity_steps == pytest.approx(math.sqrt(36 + 25 + 6 + 5))
     assert device.sensitivity_steps > math.sqrt(72) * (1 + 1e-10)  # room for the rotation's rounding
     assert device.noise_multiplier == pytest.approx(100 / math.sqrt(72))
-    example = Mechanism("example", 97, 3.0, 0.5, 100.0, 4, 18, metric_scale=2.0, loss_bound=4.0)
+    example = Mechanism("example", 96, 3.0, 0.5, 100.0, 4, 18, metric_scale=2.0, loss_bound=4.0)
     assert example.length == 100
-    assert example.sensitivity == pytest.approx(math.sqrt(3.003**2 + 4 * (1 + 1 + 16)))
+    assert example.sensitivity == pytest.approx(1.001 * math.sqrt(3**2 + 4 * (1 + 1 + 16 + 1)))
     assert example.beta == UNCONDITIONAL_BETA == 1e-12
     c = example.sensitivity / 0.5
     assert example.sensitivity_steps == pytest.approx(
@@ -438,10 +453,10 @@ def test_the_correction_covers_the_exact_distance_of_a_sum_from_one_discrete_gau
 
 
 def test_wrapping_is_exact_modulo_every_power_of_two():
-    full = replace(EXAMPLE, modulus_bits=31)
-    whole = encode(full, 30 * unit_vector(40, 0), (7.0, 2.0, 9.0), SEED, entropy(5))
+    full, metrics = replace(EXAMPLE, modulus_bits=31), MetricSums(7.0, 2.0, 9.0, 3.0)
+    whole = encode(full, 30 * unit_vector(40, 0), metrics, SEED, entropy(5))
     for bits in range(2, 31):
-        narrow = encode(replace(full, modulus_bits=bits), 30 * unit_vector(40, 0), (7.0, 2.0, 9.0), SEED, entropy(5))
+        narrow = encode(replace(full, modulus_bits=bits), 30 * unit_vector(40, 0), metrics, SEED, entropy(5))
         assert np.array_equal(narrow, whole & np.uint32((1 << bits) - 1))
         assert narrow.dtype == np.uint32
 
@@ -494,8 +509,8 @@ def test_the_wrap_bound_by_hand():
     by_hand = 20_000 * math.exp(-room * room / (2 * variance))
     assert 1e-6 < by_hand < 0.1
     assert device.wrap_probability(20) == pytest.approx(by_hand, rel=1e-6)
-    example = Mechanism("example", 9_997, 1.0, 0.001, 10_000.0, 10, 18, metric_scale=0.1)
-    c = 1000 * math.sqrt(1.001**2 + 0.03)
+    example = Mechanism("example", 9_996, 1.0, 0.001, 10_000.0, 10, 18, metric_scale=0.1)
+    c = 1001 * math.sqrt(1 + 0.04)
     variance = (1200 * c) ** 2 / 4096 + 20 * (0.25 + 10_000.0**2 / 10)
     room = 2**17 - 1
     by_hand = 20_000 * math.exp(-room * room / (2 * variance))
@@ -514,8 +529,12 @@ def test_the_wrap_bound_by_hand():
     ("mechanism", "metrics", "digest"),
     [
         (DEVICE, None, "ace545dc95cba502"),
-        (EXAMPLE, (12.0, 9.0, 20.0), "abf5060c7c5089a2"),
-        (Mechanism("device", 5000, 1.0, 1e-4, 2e4, 9, 24, 0.1, 2.0), (1.0, 0.75, 1.5), "79f9267be3377c3d"),
+        (EXAMPLE, MetricSums(12.0, 9.0, 20.0, 7.0), "1830a115c0c1dd1a"),
+        (
+            Mechanism("device", 5000, 1.0, 1e-4, 2e4, 9, 24, 0.1, 2.0),
+            MetricSums(1.0, 0.75, 1.5, 1.0),
+            "f52afca8244dd451",
+        ),
     ],
 )
 def test_the_same_entropy_sends_the_same_bytes(mechanism, metrics, digest):
@@ -666,47 +685,145 @@ def test_a_vector_of_another_shape_or_type_is_refused(vector):
         encode(DEVICE, vector, None, SEED, entropy(0))
 
 
-@pytest.mark.parametrize("values", [np.zeros(43, np.uint64), np.zeros(43, np.int32), np.zeros(40, np.uint32)])
+@pytest.mark.parametrize("values", [np.zeros(44, np.uint64), np.zeros(44, np.int32), np.zeros(40, np.uint32)])
 def test_a_sum_of_another_shape_or_type_is_refused(values):
-    with pytest.raises(ParameterError, match=r"a sum is uint32 \(43,\)"):
+    with pytest.raises(ParameterError, match=r"a sum is uint32 \(44,\)"):
         decode(EXAMPLE, values, SEED)
 
 
 @pytest.mark.parametrize(
-    ("unit", "metrics"),
+    ("unit", "metrics", "named"),
     [
-        ("device", (-0.1, 0.0, 0.0)),
-        ("device", (1.0, -1e-9, 0.0)),
-        ("device", (1.0, 0.0, math.nan)),
-        ("device", (math.inf, 0.0, 0.0)),
-        ("device", (1.1, 0.0, 0.0)),
-        ("device", (1.0, 1.1, 0.0)),
-        ("device", (1.0, 1.0, 3.1)),
-        ("example", (5.0, 5.1, 0.0)),
-        ("example", (5.0, 5.0, 15.1)),
-        ("example", (0.0, 0.0, 0.1)),
-        ("example", (-1.0, 0.0, 0.0)),
+        ("device", (-0.1, 0.0, 0.0, 0.0), "negative"),
+        ("device", (1.0, -1e-9, 0.0, 0.0), "negative"),
+        ("device", (1.0, 0.0, math.nan, 0.0), "NaN"),
+        ("device", (math.inf, 0.0, 0.0, 0.0), "infinity"),
+        ("device", (1.0, 0.0, 0.0, math.nan), "NaN"),
+        ("device", (1.1, 0.0, 0.0, 0.0), "count"),
+        ("device", (1.0, 1.1, 0.0, 0.0), "correct"),
+        ("device", (1.0, 1.0, 3.1, 0.0), "loss"),
+        ("device", (1.0, 1.0, 3.0, 1.1), "unclipped"),
+        ("example", (5.0, 5.1, 0.0, 0.0), "correct"),
+        ("example", (5.0, 5.0, 15.1, 0.0), "loss"),
+        ("example", (5.0, 5.0, 15.0, 5.1), "unclipped"),
+        ("example", (0.0, 0.0, 0.1, 0.0), "loss"),
+        ("example", (-1.0, 0.0, 0.0, 0.0), "negative"),
     ],
 )
-def test_metrics_beyond_what_the_sensitivity_counts_are_refused(unit, metrics):
-    with pytest.raises(ParameterError, match="metrics"):
-        encode(replace(EXAMPLE, unit=unit), np.zeros(40), metrics, SEED, entropy(0))
+def test_metrics_beyond_what_the_sensitivity_counts_are_refused_by_name(unit, metrics, named):
+    with pytest.raises(ParameterError, match=f"metrics .*{named}"):
+        encode(replace(EXAMPLE, unit=unit), np.zeros(40), MetricSums(*metrics), SEED, entropy(0))
 
 
 def test_metrics_are_given_exactly_if_the_plan_has_them():
     with pytest.raises(ParameterError, match="metric_scale"):
         encode(EXAMPLE, np.zeros(40), None, SEED, entropy(0))
     with pytest.raises(ParameterError, match="metric_scale"):
-        encode(DEVICE, np.zeros(40), (1.0, 0.0, 0.0), SEED, entropy(0))
+        encode(DEVICE, np.zeros(40), NOTHING, SEED, entropy(0))
 
 
-def test_metrics_of_one_device_are_held_to_one_unit_even_within_the_checks_slack(monkeypatch):
+@pytest.fixture
+def sent(monkeypatch):
+    """The vectors that go into the rotation."""
+    vectors = []
+    monkeypatch.setattr(module, "rotate", lambda vector, seed: vectors.append(vector.copy()) or vector)
+    return vectors
+
+
+def test_metrics_of_one_device_are_held_to_one_unit_even_within_the_checks_slack(sent):
     """Rounding errors of averages pass the check; they do not pass into the vector."""
-    sent = []
-    monkeypatch.setattr(module, "rotate", lambda vector, seed: sent.append(vector.copy()) or vector)
     device = replace(EXAMPLE, unit="device")
-    encode(device, np.zeros(40), (1 + 5e-7, 1 + 5e-7, 3 + 1e-6), SEED, entropy(0))
-    assert sent[0][40:].tolist() == [0.5, 0.5, 1.5]
+    encode(device, np.zeros(40), MetricSums(1 + 5e-7, 1 + 5e-7, 3 + 1e-6, 1 + 1e-7), SEED, entropy(0))
+    assert sent[0][40:].tolist() == [0.5, 0.5, 1.5, 0.5]
+
+
+def test_a_loss_at_its_bound_for_every_example_is_sent_although_float32_sums_pass_the_bound(sent):
+    """A device that went silent there would tell of its losses."""
+    losses = float(np.full(200, 2.7, np.float32).cumsum(dtype=np.float32)[-1])
+    assert losses > 200 * 2.7 * (1 + 1e-6)
+    encode(replace(EXAMPLE, loss_bound=2.7), np.zeros(40), MetricSums(200.0, 0.0, losses, 0.0), SEED, entropy(0))
+    assert sent[0][42] == pytest.approx(0.5 * 200 * 2.7, rel=1e-12)
+
+
+@given(st.floats(0, 4000), st.floats(0, 3), st.integers(0, 1000))
+def test_holding_a_sum_to_its_bound_lets_one_example_change_it_by_no_more_than_before(loss, one, count):
+    loss = min(loss, 3.0 * count * 1.0009)
+    before = module._bounded(EXAMPLE, MetricSums(count, 0.0, loss, 0.0))
+    after = module._bounded(EXAMPLE, MetricSums(count + 1, 0.0, loss + one, 0.0))
+    assert -1e-9 <= after[2] - before[2] <= 3.0 + 1e-9
+
+
+# --- a device's metrics ---
+
+
+def test_a_devices_metrics_are_one_unit_with_means_over_its_examples():
+    device = replace(EXAMPLE, unit="device")
+    metrics = device_metrics(device, np.full(40, 0.1), count=50.0, correct=40.0, loss=75.0)
+    assert metrics == MetricSums(count=1.0, correct=0.8, loss=1.5, unclipped=1.0)
+    assert device_metrics(device, np.full(40, 0.1), 0.0, 0.0, 0.0) == NOTHING
+
+
+@pytest.mark.parametrize(
+    ("loss", "sent_as"), [(1e9, 3.0), (math.inf, 3.0), (math.nan, 3.0), (-math.inf, 3.0), (-5.0, 0.0)]
+)
+def test_a_device_whose_loss_is_out_of_bounds_or_none_still_sends_within_them(loss, sent_as):
+    device = replace(EXAMPLE, unit="device")
+    metrics = device_metrics(device, np.zeros(40), 50.0, 40.0, loss)
+    assert metrics.loss == sent_as
+    encode(device, np.zeros(40), metrics, SEED, entropy(0))
+
+
+@pytest.mark.parametrize("size", [1e-90, 1e-3, 1.0, 1e3, 1e90])
+def test_the_unclipped_bit_says_whether_encoding_will_clip(size):
+    device = Mechanism("device", 40, size, size / 100, 100.0, 4, 18, metric_scale=size)
+    vector = unit_vector(40, 3)
+    for factor, bit in [(0.0, 1.0), (0.999, 1.0), (1.001, 0.0), (1e80, 0.0)]:
+        assert device_metrics(device, factor * size * vector, 5.0, 0.0, 0.0).unclipped == bit
+        assert (np.array_equal(clip_l2(factor * size * vector, size), factor * size * vector)) == bool(bit)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "vector", "sums", "named"),
+    [
+        (EXAMPLE, np.zeros(40), (5.0, 3.0, 1.0), "unit"),
+        (DEVICE, np.full(40, math.nan), (5.0, 3.0, 1.0), "NaN"),
+        (DEVICE, np.full(40, math.inf), (5.0, 3.0, 1.0), "infinity"),
+        (DEVICE, np.zeros(40), (-1.0, 0.0, 1.0), "number of examples"),
+        (DEVICE, np.zeros(40), (math.nan, 0.0, 1.0), "number of examples"),
+        (DEVICE, np.zeros(40), (math.inf, 0.0, 1.0), "number of examples"),
+        (DEVICE, np.zeros(40), (5.0, 5.1, 1.0), "correct"),
+        (DEVICE, np.zeros(40), (5.0, math.nan, 1.0), "correct"),
+    ],
+)
+def test_metrics_that_no_device_can_have_are_refused(mechanism, vector, sums, named):
+    with pytest.raises(ParameterError, match=named):
+        device_metrics(mechanism, vector, *sums)
+
+
+# --- another clip ---
+
+
+@given(
+    st.sampled_from(["device", "example"]), st.floats(1e-6, 1e6), st.floats(1e-3, 1e3), st.integers(1, 10**6),
+    st.sampled_from([0.0, 0.02, 1.0]),
+)  # fmt: skip
+def test_a_mechanism_with_another_clip_keeps_noise_multiplier_sensitivity_in_steps_and_wrap_bound(
+    unit, clip, factor, dimension, share
+):
+    before = Mechanism(unit, dimension, clip, clip / 3000, 9000.0, 10, 18, metric_scale=share * clip, loss_bound=3.0)
+    after = before.scaled(clip * factor)
+    assert after.clip == clip * factor
+    assert after.sensitivity == pytest.approx(before.sensitivity * factor, rel=1e-12)
+    assert after.noise_multiplier == pytest.approx(before.noise_multiplier, rel=1e-12)
+    assert after.sensitivity_steps == pytest.approx(before.sensitivity_steps, rel=1e-12)
+    assert after.wrap_probability(20, 400) == pytest.approx(before.wrap_probability(20, 400), rel=1e-9)
+    assert (after.sigma, after.share_sigma, after.length) == (before.sigma, before.share_sigma, before.length)
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, math.nan, math.inf, 1e-101])
+def test_another_clip_that_is_none_is_refused(clip):
+    with pytest.raises(ParameterError, match="clip is"):
+        DEVICE.scaled(clip)
 
 
 def test_short_entropy_is_refused():
