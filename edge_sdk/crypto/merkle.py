@@ -56,9 +56,11 @@ def merkle_root(leaves: Sequence[bytes]) -> bytes:
     return MerkleTree(leaves).root
 
 
-def check_inclusion(root: bytes, size: int, index: int, content: bytes, proof: Sequence[bytes]) -> None:
-    """Return if `content` is leaf `index` of the tree of `size` leaves with this root, else raise PeerError.
+def root_of(size: int, index: int, content: bytes, proof: Sequence[bytes]) -> bytes:
+    """The 32-byte root of the tree of `size` leaves in which `proof` puts `content` at leaf `index`.
 
+    Anybody can make a proof up: it says something only once the root is compared with one that is trusted.
+    Raises PeerError if no such tree has a proof of this length, or if a sibling is not 32 bytes.
     Source: RFC 9162 section 2.1.3.2.
     """
     if not 0 <= index < size:
@@ -67,6 +69,8 @@ def check_inclusion(root: bytes, size: int, index: int, content: bytes, proof: S
     for sibling in proof:
         if last == 0:
             raise PeerError("inclusion proof: longer than the tree is high")
+        if len(sibling) != 32:
+            raise PeerError(f"inclusion proof: a sibling of {len(sibling)} bytes, not 32")
         if position & 1 or position == last:
             value = _node(sibling, value)
             while not position & 1 and position:
@@ -76,5 +80,12 @@ def check_inclusion(root: bytes, size: int, index: int, content: bytes, proof: S
             value = _node(value, sibling)
         position >>= 1
         last >>= 1
-    if last or value != root:
+    if last:
+        raise PeerError("inclusion proof: shorter than the tree is high")
+    return value
+
+
+def check_inclusion(root: bytes, size: int, index: int, content: bytes, proof: Sequence[bytes]) -> None:
+    """Return if `content` is leaf `index` of the tree of `size` leaves with this root, else raise PeerError."""
+    if root_of(size, index, content, proof) != root:
         raise PeerError(f"inclusion proof: leaf {index} is not under the root")

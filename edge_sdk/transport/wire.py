@@ -7,7 +7,7 @@ an unsigned field costs time, never a sum. Every frame is idempotent: it may be 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -52,9 +52,7 @@ Parcel = Inline | BlobRef
 """Bytes, in place where they are few, else to be pulled."""
 
 
-class Frame(
-    msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag_field="frame", tag=str.lower
-):
+class Frame(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag_field="frame", tag=str.lower):
     """Base of all frames."""
 
 
@@ -79,7 +77,7 @@ class Hello(Frame, frozen=True):
 
 
 class TaskState(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A task as it stands. model: a Signed `Model`, encoded.  ticket: a Signed `Ticket` (encoded) if a round is open."""
+    """A task as it stands. model: a Signed `Model`, encoded.  ticket: a Signed `Ticket`, encoded, of its open round."""
 
     model: Inline
     bundle: BlobRef
@@ -122,7 +120,8 @@ class Letter(Frame, frozen=True):
 class Upload(Frame, frozen=True):
     """Device to coordinator: a contribution is ready. The blob holds the masked vector and then the sealed shares.
 
-    The coordinator pulls it when it has room (a Pull is the grant), or answers with a Refusal. Repeated until a Receipt.
+    The coordinator pulls it when it has room (a Pull is the grant), or answers with a Refusal. Repeated until a
+    Receipt.
     """
 
     header: Signed
@@ -169,6 +168,7 @@ class Leaving(Frame, frozen=True):
 Up = Hello | Prekeys | Letter | Upload | Pull | Chunk | Gone | Leaving
 Down = Welcome | Letter | Pull | Chunk | Gone | Refusal
 
+_Direction = TypeVar("_Direction")
 _encoder = msgspec.msgpack.Encoder()
 _up: msgspec.msgpack.Decoder[Up] = msgspec.msgpack.Decoder(Up)
 _down: msgspec.msgpack.Decoder[Down] = msgspec.msgpack.Decoder(Down)
@@ -189,7 +189,7 @@ def decode_down(data: bytes) -> Down:
     return _decode(_down, data)
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[Up] | msgspec.msgpack.Decoder[Down], data: bytes) -> Up | Down:
+def _decode(decoder: msgspec.msgpack.Decoder[_Direction], data: bytes) -> _Direction:
     if len(data) > MAX_FRAME_BYTES:
         raise PeerError(f"frame: {len(data)} bytes is over the limit of {MAX_FRAME_BYTES}")
     try:
