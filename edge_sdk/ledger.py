@@ -25,6 +25,7 @@ from edge_sdk.privacy.ledger_entry import (
     Limits,
     Release,
     Send,
+    Summary,
     decode_entry,
     encode_entry,
     first_link,
@@ -106,6 +107,10 @@ class Ledger:
     def head(self) -> Head:
         """Where the ledger stands, for committee members to keep."""
         return Head(len(self._links) - 1, self._links[-1])
+
+    def summary(self) -> Summary:
+        """What is spent of each budget against each observer, and in how many rounds: for people, and for `status`."""
+        return self.account.summary(self.head)
 
     def check_extends(self, anchored: Head) -> None:
         """Return if this ledger is a continuation of the one whose head was anchored.

@@ -23,7 +23,8 @@ A policy in full:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Annotated
 
 import msgspec
@@ -37,7 +38,44 @@ from edge_sdk.protocol.contributor import Terms
 from edge_sdk.protocol.rounds import Round
 
 HexKey = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-TaskName = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9._-]*\Z")]
+_TASK_PATTERN = r"^[a-z0-9][a-z0-9._-]*\Z"
+TaskName = Annotated[str, Meta(min_length=1, max_length=64, pattern=_TASK_PATTERN)]
+
+_DEFAULT = """\
+# What this device insists on, whatever a coordinator asks for. Yours to change; no coordinator can.
+
+# Whose data the budgets below are of. "example": one training example of this device at a time. "device": all of them
+# together, which is right where they are all one person's; rounds that protect single examples are refused then.
+protects = "{protects}"
+
+# Devices that must carry the noise of every sum, besides the corrupt ones that are allowed for.
+min_honest = 10
+
+# Least noise of a sum, in units of what one example, or one device, can add to it.
+min_noise_multiplier = 1.0
+
+# Take part in at most this share of a task's rounds.
+max_device_rate = 1.0
+
+# Who may say which devices belong to the fleet, who may run rounds, and who may sign what is run on this device.
+authorities = {authorities}
+operators = {operators}
+publishers = {publishers}
+
+# What all tasks together may cost over this device's life, against two observers: whoever reads the published models,
+# and the coordinator, who also sees in which rounds this device sent. Neither bounds the other.
+[lifetime]
+readers = {{epsilon = 8.0, delta = 1e-6}}
+coordinator = {{epsilon = 12.0, delta = 1e-6}}
+
+# Tasks that this device takes part in, each with what it alone may cost. A task that is not here is refused.
+"""
+
+_DEFAULT_TASK = """
+[tasks."{task}".limits]
+readers = {{epsilon = 4.0, delta = 1e-6}}
+coordinator = {{epsilon = 8.0, delta = 1e-6}}
+"""
 
 
 def mechanism_of(round_: Round) -> Mechanism:
@@ -72,6 +110,39 @@ def sampling_of(round_: Round) -> Sampling:
         return Sampling(device=noise.device_rate, example=noise.example_rate)
     except ParameterError as error:
         raise PeerError(f"ticket: {error}") from error
+
+
+def default_policy_toml(
+    authority: bytes, operator: bytes, publishers: Iterable[bytes], tasks: Iterable[str], protects: Unit = "example"
+) -> str:
+    """The policy that a freshly joined device starts with: TOML with comments, for its owner to read and change.
+
+    authority, operator, publishers: public keys.  tasks: those that the owner allows by name; none is a device that
+    waits. There is no wildcard: whoever may open tasks could otherwise spend the whole lifetime's budget unasked.
+    Raises ParameterError on a key that is not 32 bytes, no publisher, or a name that is no task's.
+    """
+    names = list(tasks)
+    for name in names:
+        if len(name) > 64 or not re.match(_TASK_PATTERN, name):
+            raise ParameterError(f"policy: {name!r} is no task's name")
+    if len(set(names)) != len(names):
+        raise ParameterError("policy: a task is named twice")
+    text = _DEFAULT.format(
+        protects=protects,
+        authorities=_hex_list("authority", [authority]),
+        operators=_hex_list("operator", [operator]),
+        publishers=_hex_list("publisher", list(publishers)),
+    ) + "".join(_DEFAULT_TASK.format(task=name) for name in names)
+    if not names:
+        text += "\n[tasks]\n"
+    Policy.from_toml(text)
+    return text
+
+
+def _hex_list(role: str, keys: list[bytes]) -> str:
+    if any(len(key) != 32 for key in keys):
+        raise ParameterError(f"policy: the key of an {role} is 32 bytes")
+    return "[" + ", ".join(f'"{key.hex()}"' for key in keys) + "]"
 
 
 class TaskPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -12,8 +12,8 @@ import pytest
 
 from edge_sdk.errors import ParameterError, PeerError
 from edge_sdk.ledger import Ledger, create_ledger
-from edge_sdk.policy import Policy, mechanism_of, sampling_of
-from edge_sdk.privacy.ledger_entry import Limits, Release
+from edge_sdk.policy import Policy, default_policy_toml, mechanism_of, sampling_of
+from edge_sdk.privacy.ledger_entry import Account, Draw, Limits, Release, Send
 from edge_sdk.privacy.mechanism import Mechanism, MetricSums, encode
 from edge_sdk.privacy.rdp import Budget, Sampling
 from edge_sdk.protocol import reference
@@ -268,3 +268,80 @@ def test_policy_round_and_ledger_fit_together(tmp_path):
         assert ledger.draw(ticket.task, ticket.round, round_.tid, operator, release, os.urandom(32), 5)
         ledger.charge(round_.tid, bytes(32), 6)
         assert ledger.account.totals("keywords").coordinator.epsilon > 0
+
+
+# What a freshly joined device starts with
+
+
+def joined(tasks=("digits",), **changes):
+    frozen = fleet().epoch.frozen
+    return Policy.from_toml(default_policy_toml(frozen.fleet, frozen.coordinator, [PUBLISHER], tasks, **changes))
+
+
+def test_the_default_policy_lists_exactly_what_it_was_given():
+    read = joined(["digits", "voice.v2"])
+    assert read.authorities == (fleet().epoch.frozen.fleet.hex(),)
+    assert read.operators == (fleet().coordinator.public_key.hex(),)
+    assert read.publishers == (PUBLISHER.hex(),)
+    assert set(read.tasks) == {"digits", "voice.v2"}
+    assert (read.protects, joined(protects="device").protects) == ("example", "device")
+    assert joined([]).tasks == {}
+
+
+def test_the_default_policy_is_cautious():
+    read = joined()
+    assert (read.min_honest, read.min_noise_multiplier) == (10, 1.0)
+    task = read.task_limits["digits"]
+    for limits in (read.lifetime, task):
+        assert limits.readers.delta <= 1e-6
+        assert limits.coordinator.delta <= 1e-6
+    assert task.readers.epsilon < read.lifetime.readers.epsilon <= 8
+    assert task.coordinator.epsilon < read.lifetime.coordinator.epsilon <= 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"authority": bytes(31)}, "authority"),
+        ({"operator": b""}, "operator"),
+        ({"publishers": [bytes(33)]}, "publisher"),
+        ({"publishers": []}, "publishers"),
+        ({"tasks": ["*"]}, "task"),
+        ({"tasks": [""]}, "task"),
+        ({"tasks": ["x" * 65]}, "task"),
+        ({"tasks": ['a"]\nmin_honest = 2\n["']}, "task"),
+        ({"tasks": ["a\n"]}, "task"),
+        ({"tasks": ["a", "a"]}, "twice"),
+        ({"protects": 'device"\nmin_honest = 2 #'}, "policy"),
+    ],
+)
+def test_a_default_policy_of_what_cannot_be_written_is_refused(changes, named):
+    arguments = {"authority": bytes(32), "operator": bytes(32), "publishers": [bytes(32)], "tasks": ["a"]} | changes
+    with pytest.raises(ParameterError, match=named):
+        default_policy_toml(**arguments)
+
+
+@pytest.mark.parametrize(("unit", "sampling"), [("example", Sampling(example=0.3)), ("device", Sampling(device=0.3))])
+def test_the_default_policy_lets_a_plan_of_forty_rounds_run_to_its_end_where_the_task_is_allowed(unit, sampling):
+    rules = joined()
+    account = Account(rules.protects if unit == "example" else unit, rules.lifetime, rules.task_limits)
+    release = Release.of(mechanism(unit, multiplier=3.0, honest=14), sampling)
+    for number in range(40):
+        tid = number.to_bytes(32, "little")
+        entry = Draw("digits", number, tid, bytes(32), release, takes_part=True, time_s=0)
+        account.check(entry)
+        account.record(entry)
+        if unit == "example" or number % 3 == 0:
+            account.check(Send(tid, bytes(32), 0))
+            account.record(Send(tid, bytes(32), 0))
+
+
+def test_the_default_policy_refuses_a_task_that_the_owner_did_not_allow():
+    ten = round_of(mechanism(honest=6), "digits")
+    with pytest.raises(PeerError, match="cohort of 6"):
+        joined().terms("digits", bytes(32)).check(ten)
+    joined().check_round(ten)
+    with pytest.raises(PeerError, match="task keywords is not among"):
+        joined().check_round(round_of(mechanism()))
+    with pytest.raises(PeerError, match="floor of 1"):
+        joined().check_round(round_of(mechanism(multiplier=0.9), "digits"))

@@ -196,6 +196,50 @@ class Head(NamedTuple):
     link: bytes
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What is spent of a budget: epsilon at the budget's delta, as the filter counts it. Infinite if delta is used up.
+
+    Of two observers' the larger is not "the" epsilon, and their sum is nothing.
+    """
+
+    epsilon: float
+    budget: Budget
+
+
+@dataclass(frozen=True)
+class Usage:
+    """A device's rounds, of one task or of all, and what they cost against each observer."""
+
+    rounds_entered: int
+    """Tickets for which it tossed its coin: what readers are charged for."""
+    rounds_taken: int
+    """Of them, those in which the coin said that it takes part."""
+    rounds_sent: int
+    """Of them, those for which a contribution was charged, whatever became of it: the coordinator's charge."""
+    last_round: int | None
+    """The highest number among a task's; None for all tasks together, whose numbers are not comparable."""
+    readers: Spent | None
+    """Against readers of the models. None for a task without a budget of its own."""
+    coordinator: Spent | None
+    """Against the coordinator, committee, broker and network. None for a task without a budget of its own."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A ledger at a glance.
+
+    protects: whose data the budgets are of.  entries, link: its head, link in hex.  lifetime: over all tasks.  tasks:
+    every task that has a budget or an entry.
+    """
+
+    protects: Unit
+    entries: int
+    link: str
+    lifetime: Usage
+    tasks: Mapping[str, Usage]
+
+
 def takes_part(rate: float, coin: bytes) -> bool:
     """Whether the device takes part: with probability floor(rate * 2^256) / 2^256, never above `rate`.
 
@@ -231,6 +275,13 @@ class Totals:
         if coordinator is not None:
             by = self.coordinator or Filter.for_rounds(self.limits.coordinator, coordinator)
             self.coordinator = Filter(by.budget, by.favourite, by.spent + coordinator)
+
+    def spent(self) -> tuple[Spent, Spent]:
+        """(against readers, against the coordinator). Zero before the first charge."""
+        return (
+            Spent(self.readers.epsilon if self.readers else 0.0, self.limits.readers),
+            Spent(self.coordinator.epsilon if self.coordinator else 0.0, self.limits.coordinator),
+        )
 
 
 @dataclass
@@ -296,6 +347,32 @@ class Account:
         for _, totals in self._concerned(draw):
             totals.record(None, coordinator)
         self.sends[entry.tid] = entry.contribution
+
+    def summary(self, head: Head) -> Summary:
+        """What is spent and how often the device took part; `head` is the ledger's."""
+        names = {*self.tasks, *(draw.task for draw in self.draws.values())}
+        return Summary(
+            protects=self.protects,
+            entries=head.entries,
+            link=head.link.hex(),
+            lifetime=self._usage(list(self.draws.values()), self._lifetime, None),
+            tasks={name: self._task_usage(name) for name in sorted(names)},
+        )
+
+    def _task_usage(self, name: str) -> Usage:
+        draws = [draw for draw in self.draws.values() if draw.task == name]
+        return self._usage(draws, self._tasks.get(name), max((draw.round for draw in draws), default=None))
+
+    def _usage(self, draws: list[Draw], totals: Totals | None, last_round: int | None) -> Usage:
+        readers, coordinator = totals.spent() if totals is not None else (None, None)
+        return Usage(
+            rounds_entered=len(draws),
+            rounds_taken=sum(draw.takes_part for draw in draws),
+            rounds_sent=sum(draw.tid in self.sends for draw in draws),
+            last_round=last_round,
+            readers=readers,
+            coordinator=coordinator,
+        )
 
     def _refuse_over(self, draw: Draw, readers: AgainstReaders | None, coordinator: AgainstCoordinator) -> None:
         for name, totals in self._concerned(draw):

@@ -246,8 +246,8 @@ def device_metrics(mechanism: Mechanism, vector: F64, count: float, correct: flo
     vector: what `encode` is given.  count, correct, loss: sums over its examples. All zero if none counted. The mean
     loss is taken into [0, loss_bound]; NaN and infinity, which training that diverged leaves, count as loss_bound: a
     device that goes silent then would tell of it.
-    Raises ParameterError if `count` is no number of examples, or more were correct; on a vector with NaN or infinity; for
-    unit "example".
+    Raises ParameterError if `count` is no number of examples, or more were correct; on NaN or infinity in the vector;
+    for unit "example".
     """
     if mechanism.unit != "device":
         raise ParameterError('for unit "example" the metrics are the training graph\'s sums')

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +25,7 @@ from edge_sdk.privacy.ledger_entry import (
     Limits,
     Release,
     Send,
+    Spent,
     decode_entry,
     encode_entry,
     next_link,
@@ -294,6 +297,57 @@ def test_a_round_of_devices_costs_an_example_twice_the_distance(path):
     other.record(Draw("t", 0, tid(0), OPERATOR, ALL_IN, True, 0))
     mine, theirs = account.totals().readers.spent.values, other.totals().readers.spent.values
     assert mine == pytest.approx(4 * theirs)
+
+
+# For people
+
+
+def test_a_summary_counts_rounds_entered_taken_and_sent_by_task(path):
+    half = Release.of(mechanism("device"), Sampling(device=0.5))
+    own = Limits(Budget(50.0, 1e-5), Budget(60.0, 1e-5))
+    with open_ledger(path, protects="device", tasks={"a": own, "never": own}) as ledger:
+        take_part(ledger, 3, ALL_IN, task="a")
+        ledger.draw("a", 7, tid(7), OPERATOR, half, b"\xff" * 32, 5)  # the coin says no
+        ledger.draw("b", 9, tid(9), OPERATOR, half, COIN, 5)  # it says yes, and nothing is sent yet
+        summary = ledger.summary()
+        assert (summary.protects, summary.entries, summary.link) == ("device", 4, ledger.head.link.hex())
+    counts = {
+        name: (use.rounds_entered, use.rounds_taken, use.rounds_sent, use.last_round)
+        for name, use in [("all", summary.lifetime), *summary.tasks.items()]
+    }
+    assert counts == {"all": (3, 2, 1, None), "a": (2, 1, 1, 7), "b": (1, 1, 0, 9), "never": (0, 0, 0, None)}
+    assert summary.tasks["b"].readers is summary.tasks["b"].coordinator is None  # no budget of its own
+    assert summary.tasks["never"].readers == Spent(0.0, own.readers)
+    assert summary.tasks["a"].readers.budget == own.readers
+    assert summary.tasks["a"].coordinator.budget == own.coordinator
+
+
+def test_a_summary_says_of_each_observer_just_what_a_refusal_would_say(path):
+    limits = Limits(Budget(2.75, 1e-4), Budget(9.0, 1e-5))
+    release = Release.of(mechanism("device", multiplier=3.0), Sampling(device=0.3))
+    with open_ledger(path, limits, "device") as ledger:
+        assert ledger.summary().lifetime.coordinator == Spent(0.0, limits.coordinator)
+        for number in range(40):
+            ledger.draw("keywords", number, tid(number), OPERATOR, release, COIN, 5)
+            if number % 3 == 0:
+                ledger.charge(tid(number), contribution(number), 6)
+        lifetime = ledger.summary().lifetime
+        with pytest.raises(BudgetExceeded, match=f"of which {lifetime.readers.epsilon:.4g} is spent"):
+            ledger.draw("keywords", 40, tid(40), OPERATOR, release, COIN, 5)
+    assert 2.6 < lifetime.readers.epsilon <= 2.75
+    assert 5 < lifetime.coordinator.epsilon <= 9  # another observer, another figure
+    with open_ledger(path, limits, "device") as ledger:
+        assert ledger.summary().lifetime == lifetime
+
+
+def test_a_summary_is_one_object_of_json_with_both_observers_by_name(three):
+    path, _ = three
+    with open_ledger(path) as ledger:
+        told = json.loads(msgspec.json.encode(ledger.summary()))
+    assert told["lifetime"]["readers"]["budget"] == {"epsilon": 100.0, "delta": 1e-6}
+    assert set(told["tasks"]["keywords"]) == {
+        "rounds_entered", "rounds_taken", "rounds_sent", "last_round", "readers", "coordinator",
+    }  # fmt: skip
 
 
 # The chain, anchors
