@@ -1,0 +1,1 @@
+"""Models to start from, one round step by step, and the demo."""
