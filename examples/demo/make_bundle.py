@@ -1,7 +1,7 @@
 """Build the demo's checked-in bundles, or with --check say whether they are what the source makes.
 
-The demo runs without PyTorch, so what it trains is checked in. Two builds by one set of tools give the same bytes; other
-versions of the tools (the manifest names them) may write a graph differently, and then --check says which.
+The demo runs without PyTorch, so what it trains is checked in. Two builds by one set of tools give the same bytes;
+other versions of the tools (the manifest names them) may write a graph differently, and then --check says which.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def draw(
     delta: float,
     target: float,
 ) -> None:
-    """Write a PNG.  plain: accuracy without privacy.  alone: of each device by itself.  target: what must be reached."""
+    """Write a PNG.  plain: accuracy without privacy.  alone: each device's by itself.  target: to be reached."""
     import matplotlib as mpl
 
     mpl.use("Agg")
