@@ -1,7 +1,7 @@
 """From a target to a plan: how much noise, how fine the integers, how many contributors; or why not, and what would do.
 
-`make_plan` is arithmetic and takes no chances: a plan that it returns holds its targets, devices with those budgets run
-it to the end, members sign its rounds, and its sums wrap with the probability that it states.
+`make_plan` is arithmetic and takes no chances: a plan that it returns holds its targets, devices with the budgets that
+it names run it to the end, members sign its rounds, and its sums wrap with the probability that it states.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from coordinator.accounting import Figures, Method, planned, planned_rdp
 from edge_sdk.errors import ParameterError
 from edge_sdk.privacy.ledger_entry import noise_of
-from edge_sdk.privacy.mechanism import MIN_SHARE_SIGMA, UNCONDITIONAL_BETA, Mechanism, Unit
+from edge_sdk.privacy.mechanism import METRICS, MIN_SHARE_SIGMA, UNCONDITIONAL_BETA, Mechanism, Unit
 from edge_sdk.privacy.noise import MAX_SIGMA
 from edge_sdk.privacy.rdp import (
     AgainstCoordinator,
@@ -25,7 +25,7 @@ from edge_sdk.privacy.rdp import (
     against_coordinator,
     against_readers,
 )
-from edge_sdk.protocol.messages import MAX_CONTRIBUTORS, MAX_GROUPS
+from edge_sdk.protocol.messages import MAX_CONTRIBUTORS, MAX_GROUPS, NoisePlan
 from edge_sdk.protocol.plan import delta_bits
 
 MAX_WRAP = 2.0**-40
@@ -40,6 +40,9 @@ LOW_SPREADS = 3
 """Elsewhere a cohort that is too small costs the round and nothing else: one round in 700 may abort."""
 
 MAX_MULTIPLIER = 10_000.0
+MAX_EPSILON = 1e6
+"""A plan whose filters need more is refused: such a figure says nothing."""
+
 MAX_INFLATION = 1.5
 """Most that rounding may stretch what one unit adds."""
 
@@ -170,6 +173,24 @@ class Target:
 
 
 @dataclass(frozen=True)
+class FixedNoise:
+    """In place of a target: the noise, over all that one unit adds, metrics and rounding included. The figures follow.
+
+    delta: at which they are given.
+    """
+
+    multiplier: float
+    delta: float
+
+    def __post_init__(self) -> None:
+        """Raises ParameterError that names what is out of range."""
+        if not 0 < self.multiplier <= MAX_MULTIPLIER:
+            raise ParameterError(f"the noise multiplier is {self.multiplier}: above 0, at most {MAX_MULTIPLIER:g}")
+        if not 0 < self.delta < 1:
+            raise ParameterError(f"delta is {self.delta}: above 0 and below 1")
+
+
+@dataclass(frozen=True)
 class Plan:
     """A plan that holds. `str()` of it is the explanation for people."""
 
@@ -223,13 +244,34 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(work: Work, cohort: Cohort, target: Target) -> Plan:
-    """The least noise that holds the target, in the finest steps that the modulus holds.
+def make_plan(work: Work, cohort: Cohort, target: Target | FixedNoise) -> Plan:
+    """The least noise that holds the target, or the noise that is fixed, in the finest steps that the modulus holds.
 
     Raises ParameterError that says which requirement fails, and what would meet it.
     """
     _check_cohort(cohort, work.low_spreads)
     bits = 32 - delta_bits(cohort.n_max)
+    multiplier = target.multiplier if isinstance(target, FixedNoise) else _search(work, cohort, target, bits)
+    mechanism = _finest(work, cohort, multiplier, bits)
+    arguments = (mechanism, work.sampling, work.rounds, work.sends, target.delta)
+    readers, coordinator = _ledger_needs(work, mechanism, target.delta)
+    return Plan(
+        work, cohort, mechanism, _wrap(mechanism, work, cohort),
+        planned(*arguments), planned_rdp(*arguments), readers, coordinator,
+    )  # fmt: skip
+
+
+def noise_plan(plan: Plan) -> NoisePlan:
+    """The plan's part of every ticket; `honest`, `n_max` and `groups` are the ticket's own (`plan.cohort`)."""
+    m, sampling = plan.mechanism, plan.work.sampling
+    return NoisePlan(
+        unit=m.unit, clip=m.clip, granularity=m.granularity, sigma=m.sigma, metric_scale=m.metric_scale,
+        loss_bound=m.loss_bound, device_rate=sampling.device, example_rate=sampling.example,
+    )  # fmt: skip
+
+
+def _search(work: Work, cohort: Cohort, target: Target, bits: int) -> float:
+    """The least noise multiplier that holds the target."""
     multiplier = _least_multiplier(work, target, lambda z: _holds(work, target, Noise(z), _beta(work)))
 
     def holds(z: float) -> bool:
@@ -245,13 +287,7 @@ def make_plan(work: Work, cohort: Cohort, target: Target) -> Plan:
         multiplier = _bisect(multiplier / 2, multiplier, holds)  # the filters needed more noise than PLD does
     while not holds(multiplier):
         multiplier *= 1 + _OVERSHOOT  # the search knew nothing of the sum's correction: very small shares
-    mechanism = _finest(work, cohort, multiplier, bits)
-    arguments = (mechanism, work.sampling, work.rounds, work.sends, target.delta)
-    readers, coordinator = _ledger_needs(work, mechanism, target)
-    return Plan(
-        work, cohort, mechanism, _wrap(mechanism, work, cohort),
-        planned(*arguments), planned_rdp(*arguments), readers, coordinator,
-    )  # fmt: skip
+    return multiplier
 
 
 def _check_cohort(cohort: Cohort, spreads: int) -> None:
@@ -302,16 +338,23 @@ def _round_costs(work: Work, noise: Noise, beta: float) -> tuple[AgainstReaders,
     )
 
 
-def _ledger_needs(work: Work, mechanism: Mechanism, target: Target) -> tuple[float, float]:
-    """The least budgets, at the target's delta, with which a filter lets the plan through."""
+def _ledger_needs(work: Work, mechanism: Mechanism, delta: float) -> tuple[float, float]:
+    """The least budgets, at `delta`, with which a filter lets the plan through. Raises ParameterError if none does."""
     readers, coordinator = _round_costs(work, *noise_of(mechanism))
-    delta, rounds, sends = target.delta, work.rounds, work.sends
-    return (
-        _bisect(1e-4, 1e6, lambda e: Filter.for_rounds(Budget(e, delta), readers).epsilon_of(readers * rounds) <= e),
-        _bisect(
-            1e-4, 1e6, lambda e: Filter.for_rounds(Budget(e, delta), coordinator).epsilon_of(coordinator * sends) <= e
-        ),
-    )
+    rounds, sends = work.rounds, work.sends
+
+    def readers_hold(epsilon: float) -> bool:
+        return Filter.for_rounds(Budget(epsilon, delta), readers).epsilon_of(readers * rounds) <= epsilon
+
+    def coordinator_holds(epsilon: float) -> bool:
+        return Filter.for_rounds(Budget(epsilon, delta), coordinator).epsilon_of(coordinator * sends) <= epsilon
+
+    if not (readers_hold(MAX_EPSILON) and coordinator_holds(MAX_EPSILON)):
+        raise ParameterError(
+            f"no budget lets this plan through: {rounds} rounds with noise of {mechanism.noise_multiplier:.3g} times "
+            f"what one unit adds, at delta {delta:.1e}; what would do: more noise, fewer rounds, or a larger delta"
+        )
+    return _bisect(1e-4, MAX_EPSILON, readers_hold), _bisect(1e-4, MAX_EPSILON, coordinator_holds)
 
 
 def _least_multiplier(work: Work, target: Target, holds: Callable[[float], bool]) -> float:
@@ -333,7 +376,7 @@ def _bisect(low: float, high: float, holds: Callable[[float], bool]) -> float:
 
 def _finest(work: Work, cohort: Cohort, multiplier: float, bits: int) -> Mechanism:
     """The mechanism with this noise multiplier and the smallest step whose sums hardly wrap."""
-    whole = math.hypot(work.clip, work.metric_scale * math.sqrt(3 + work.loss_bound**2))
+    whole = math.hypot(work.clip, work.metric_scale * math.sqrt(METRICS - 1 + work.loss_bound**2))
     if not (math.isfinite(whole) and whole > 0):
         raise ParameterError(f"clip is {work.clip}: a finite number above 0")
     last: Mechanism | None = None

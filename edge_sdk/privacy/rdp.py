@@ -298,8 +298,8 @@ def _log_excess(order: int, rate: float, multiplier: float) -> float:
 
 def _log_expm1(x: F64) -> F64:
     """ln(exp(x) - 1) for x > 0, without overflow."""
-    with np.errstate(over="ignore"):
-        result: F64 = np.where(x > 30, x + np.log1p(-np.exp(-x)), np.log(np.expm1(x)))
+    large, small = np.maximum(x, 30.0), np.minimum(x, 30.0)  # np.where works both out: keep each in its range
+    result: F64 = np.where(x > 30, large + np.log1p(-np.exp(-large)), np.log(np.expm1(small)))
     return result
 
 

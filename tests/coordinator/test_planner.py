@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.planner import MAX_WRAP, Cohort, Target, Work, _finest, make_plan
+from coordinator.planner import MAX_WRAP, Cohort, FixedNoise, Target, Work, _finest, make_plan, noise_plan
 from edge_sdk.errors import ParameterError
+from edge_sdk.policy import mechanism_of, sampling_of
 from edge_sdk.privacy.ledger_entry import Release, noise_of
 from edge_sdk.privacy.rdp import Budget, BudgetExceeded, Filter, Sampling, against_coordinator, against_readers
+from edge_sdk.protocol import reference
 from edge_sdk.protocol.plan import delta_bits
 
 DEMO = Work("example", 2410, 0.5, 40, Sampling(example=0.3), 0.05, 2.0, examples=60)
@@ -53,6 +55,63 @@ def test_a_plan_by_pld_holds_its_target_by_pld_with_less_noise_and_says_what_led
     run_filter(Budget(plan.ledger_coordinator, 1e-4), coordinator, DEMO.sends)
     with pytest.raises(BudgetExceeded):
         run_filter(Budget(plan.ledger_readers * 0.99, 1e-4), readers, DEMO.rounds)
+
+
+# The demonstration: twenty devices, logistic regression on 8 x 8 digits, a fixed noise multiplier.
+DIGITS = Work("example", 650, 0.5, 40, Sampling(example=0.3), metric_scale=0.02, loss_bound=2.5, examples=75)
+CLASSROOM = Cohort(expected=19, spread=0.6, roster=20, honest=14, corrupt=2)
+
+
+@cache
+def digits():
+    return make_plan(DIGITS, CLASSROOM, FixedNoise(3.0, 1e-4))
+
+
+def test_the_demonstrations_plan_costs_readers_at_most_two_and_a_half_metrics_and_rounding_counted():
+    plan = digits()
+    assert plan.mechanism.length == 654
+    assert plan.mechanism.noise_multiplier == pytest.approx(3.0, rel=1e-9)
+    # the noise against the clip alone is larger, for metrics and rounding are inside the 3
+    assert plan.mechanism.sigma * plan.mechanism.granularity / 0.5 > 3.02
+    assert plan.figures.readers.method == "pld"
+    assert 2.3 < plan.figures.readers.epsilon <= 2.5
+    assert plan.figures.coordinator.epsilon <= 2.5  # every device is asked in every round: sampling is of examples
+    assert plan.ledger_readers <= 2.75
+    assert plan.wrap_probability <= MAX_WRAP
+    assert 18 <= CLASSROOM.n_max <= 20
+
+
+def test_a_plan_with_fixed_noise_is_the_one_that_a_target_of_its_epsilon_asks_for():
+    target = Target(readers=Budget(digits().ledger_readers, 1e-4))
+    again = make_plan(DIGITS, CLASSROOM, target)
+    assert again.mechanism.noise_multiplier == pytest.approx(3.0, rel=3e-3)
+    assert again.mechanism.granularity == pytest.approx(digits().mechanism.granularity, rel=3e-3)
+
+
+def test_devices_read_in_the_ticket_the_mechanism_and_the_coins_that_were_planned():
+    plan = digits()
+    fleet = reference.make_fleet(bytes(32), 20, corrupt=2)
+    round_ = reference.open_ticket(
+        fleet, bytes(32), plan.mechanism.length, n_max=CLASSROOM.n_max, honest=plan.cohort.honest,
+        noise=noise_plan(plan),
+    )  # fmt: skip
+    assert mechanism_of(round_) == plan.mechanism
+    assert sampling_of(round_) == DIGITS.sampling
+    assert round_.corrupt == CLASSROOM.corrupt
+
+
+@pytest.mark.parametrize(
+    ("work", "cohort", "noise", "says"),
+    [
+        (DIGITS, replace(CLASSROOM, honest=18), FixedNoise(3.0, 1e-4), r"h \+ F = 20 .* what would do: .*smaller h"),
+        (DIGITS, CLASSROOM, FixedNoise(3.0, 1e-11), "no budget lets this plan through.* what would do: .*larger delta"),
+        (DIGITS, CLASSROOM, FixedNoise(1e-3, 1e-4), "no budget lets this plan through.* what would do: more noise"),
+        (replace(DIGITS, dimension=10**7), CLASSROOM, FixedNoise(9e3, 1e-4), "sums modulo .* what would do"),
+    ],
+)
+def test_a_plan_with_fixed_noise_is_refused_for_the_same_reasons(work, cohort, noise, says):
+    with pytest.raises(ParameterError, match=says):
+        make_plan(work, cohort, noise)
 
 
 def test_the_modulus_is_the_protocols_and_the_finest_step_that_it_holds_is_taken():
@@ -131,6 +190,11 @@ def test_a_plan_that_cannot_hold_is_refused_with_what_would(work, cohort, target
     [
         lambda: Target(),
         lambda: Target(readers=Budget(1.0, 1e-6), coordinator=Budget(1.0, 1e-5)),
+        lambda: FixedNoise(0.0, 1e-4),
+        lambda: FixedNoise(math.nan, 1e-4),
+        lambda: FixedNoise(1e6, 1e-4),
+        lambda: FixedNoise(3.0, 0.0),
+        lambda: FixedNoise(3.0, math.nan),
         lambda: Cohort(30, 1, 20, 10, 2),
         lambda: Cohort(0, 1, 20, 10, 2),
         lambda: Cohort(math.nan, 1, 20, 10, 2),

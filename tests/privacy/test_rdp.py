@@ -133,6 +133,18 @@ def test_tiny_rates_do_not_cancel():
     assert sampled(z, q)[0] == pytest.approx(q * q * math.expm1(1 / z**2), rel=1e-10)
 
 
+@given(multipliers, rates, st.floats(-300, -9), st.integers(1, 10**7))
+def test_a_correction_however_small_adds_what_it_says_and_never_takes_away(multiplier, rate, exponent, d):
+    """Shares of a few steps have corrections down to 1e-300; those of more have none that float64 knows."""
+    tau = 10.0**exponent
+    plain = sampled(multiplier, rate)
+    corrected = against_readers(Noise(multiplier, tau, d), "device", "device", Sampling(device=rate)).values
+    assert np.isfinite(corrected).all()
+    assert (corrected >= plain).all()
+    most = (2 * ALPHA - 1) * tau * d / (ALPHA - 1)
+    assert (corrected <= (plain + most) * (1 + 1e-9)).all()
+
+
 def test_no_order_overflows_where_noise_is_small():
     values = sampled(0.05, 1e-6)
     assert np.isfinite(values).all()
