@@ -48,6 +48,37 @@ def poisson_sample(size: int, rate: float | Fraction, entropy: bytes) -> NDArray
     return np.concatenate([np.empty(0, dtype=np.int64), *drawn])
 
 
+def window_for(batch: int, rate: float | Fraction) -> int:
+    """How many positions of the data set make a window of which a Poisson draw mostly fills one batch, not quite.
+
+    batch: examples in one run of the graph.  rate: of the draw, in (0, 1].  At least `batch`, else 0.8 batch / rate:
+    one window in ten overflows into a second run at batch 32, and two in ten of a batch's rows stay empty.
+    Public numbers alone go in: what a window is must not depend on the data.
+    Raises ParameterError on a batch below 1 or a rate outside (0, 1] or NaN.
+    """
+    if batch < 1 or not 0 < rate <= 1:
+        raise ParameterError(f"no window for batches of {batch} at rate {rate}")
+    return max(batch, (batch * 4 / (5 * Fraction(rate))).__floor__())
+
+
+def batches_by_place(indices: NDArray[np.int64], window: int, batch: int) -> Iterator[NDArray[np.int64]]:
+    """The drawn examples cut into batches, window by window of the data set: [0, window), [window, 2 window), ...
+
+    indices: int64 (n,), distinct, any order.  window: positions.  batch: the most in one batch; a window with more
+    takes several.  Ascending throughout.
+    One example more or less changes the batches of its own window and no others, wherever it lies. Cut one after the
+    other it would shift all that follow it, and with them the rounding of every sum.
+    Raises ParameterError on a window or a batch below 1.
+    """
+    if window < 1 or batch < 1:
+        raise ParameterError(f"no batches of {batch} in windows of {window}")
+    ascending = np.sort(indices)
+    places = ascending // min(window, 1 << 62)  # a window may be wider than int64 goes
+    for group in np.split(ascending, np.flatnonzero(np.diff(places)) + 1):
+        for start in range(0, len(group), batch):
+            yield group[start : start + batch]
+
+
 def shuffle(size: int, entropy: bytes, epoch: int = 0) -> NDArray[np.int64]:
     """A permutation of range(size), int64, exactly uniform given a uniform stream.
 

@@ -26,7 +26,7 @@ from edge_sdk.bundle import (
 )
 from edge_sdk.errors import ParameterError, PeerError, RoundAborted
 from edge_sdk.training.examples import Array, Examples, fill
-from edge_sdk.training.sampling import shuffled_batches
+from edge_sdk.training.sampling import batches_by_place, shuffled_batches
 from edge_sdk.training.trainer import F32, F64, ClippedSum, Metrics, Trainer, Update, never_stop
 
 CLIP_SLACK = 1.001
@@ -201,19 +201,21 @@ class GraphTrainer(Trainer):
         *,
         clip: float,
         loss_bound: float,
+        window: int | None = None,
         local_lr: float = 0.0,
         should_stop: Callable[[], bool] = never_stop,
     ) -> ClippedSum:
         """The sum of the examples' gradients, each clipped to L2 norm `clip` over all shared parameters together.
 
-        indices: int64 (n,), distinct, any number of them: from `sampling.poisson_sample`. They run in chunks of the
-        batch size, the last one masked; none at all gives zeros.  clip: > 0, weight units.  loss_bound: > 0; each
-        example's loss is taken into [0, loss_bound] before it enters the sum, its gradient is not changed by that.
-        local_lr: learning rate of one step, afterwards, along the local parameters' mean gradient; 0 leaves them.
-        should_stop: asked before every chunk.
-        Chunks are added up in float64. Within a chunk the sum is float32, and one more example moves those after it
-        into other places: what its presence changes is then also their rounding, about 1e-7 of the clip for each
-        example (docs/privacy.md section 2.5).
+        indices: int64 (n,), distinct, any number of them: from `sampling.poisson_sample`. Their order does not matter;
+        none at all gives zeros.  clip: > 0, weight units.  loss_bound: > 0; each example's loss is taken into
+        [0, loss_bound] before it enters the sum, its gradient is not changed by that.  window: positions of the data
+        set, from `sampling.window_for`; the batch size if not given.  local_lr: learning rate of one step, afterwards,
+        along the local parameters' mean gradient; 0 leaves them.  should_stop: asked before every chunk.
+        The drawn examples of each window run in chunks of at most the batch size, and chunks are added up in float64.
+        Within a chunk the sum is float32, and one example more shifts those after it in its window: what its presence
+        changes besides its own gradient is the rounding of that window's chunks, of n examples at most 2 n batch 2^-24
+        clip together and in practice a thousandth of it (docs/training-graph.md section 5), and nothing elsewhere.
         Raises ParameterError on a bundle of unit "device", a wrong argument or a wrong example; RoundAborted when
         should_stop says so; PeerError if the graph fails, or a sum of its gradients or losses is larger than clipping
         allows.
@@ -228,9 +230,9 @@ class GraphTrainer(Trainer):
         self._check_indices(indices, len(examples))
         total = np.zeros(len(self._scratch), dtype=np.float64)
         metrics = Metrics()
-        for chunk, start in enumerate(range(0, len(indices), self._manifest.batch)):
+        size = self._manifest.batch
+        for chunk, batch in enumerate(batches_by_place(indices, size if window is None else window, size)):
             self._check_stop(should_stop, chunk)
-            batch = indices[start : start + self._manifest.batch]
             self._fill(examples, batch)
             self._steps[0]()
             found = self._read_metrics(len(batch))

@@ -108,6 +108,7 @@ class Trainer(Protocol):
         *,
         clip: float,
         loss_bound: float,
+        window: int | None = None,
         local_lr: float = 0.0,
         should_stop: Callable[[], bool] = never_stop,
     ) -> ClippedSum:

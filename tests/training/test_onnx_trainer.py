@@ -15,8 +15,9 @@ from edge_sdk.bundle import Bundle, Tensor, predict_inputs, predict_outputs, tra
 from edge_sdk.errors import ParameterError, PeerError, RoundAborted
 from edge_sdk.training import steps
 from edge_sdk.training.examples import ArrayExamples, FetchedExamples
-from edge_sdk.training.onnx import OnnxTrainer
+from edge_sdk.training.onnx import OnnxEngine, OnnxTrainer
 from edge_sdk.training.sampling import poisson_sample, shuffled_batches
+from edge_sdk.training.steps import GraphTrainer
 
 ENTROPY = bytes(range(32))
 KEY = tiny.PUBLISHER.public_key
@@ -63,11 +64,13 @@ def assert_close(found, expected, tolerance=2e-6):
     st.lists(st.integers(0, SIZE - 1), unique=True),
     st.sampled_from([1e-4, 0.3, 2.0, 1e4]),
     st.sampled_from([1e-3, 0.7, 1.5, 1e4]),
+    st.sampled_from([None, 1, 3, 9, SIZE, 1000]),
 )
-def test_the_clipped_sum_is_that_of_every_drawn_example_whatever_their_number(indices, clip, loss_bound):
-    """From none to five and a half batches, never truncated."""
+def test_the_clipped_sum_is_that_of_every_drawn_example_whatever_their_number(indices, clip, loss_bound, window):
+    """From none to five and a half batches, never truncated, in windows of any width."""
     model = shared_trainer()
-    found = model.clipped_sum(EXAMPLES, np.array(indices, dtype=np.int64), clip=clip, loss_bound=loss_bound)
+    drawn = np.array(indices, dtype=np.int64)
+    found = model.clipped_sum(EXAMPLES, drawn, clip=clip, loss_bound=loss_bound, window=window)
     shared, _, metrics = clipped_sums(bundle().parameters(), indices, clip, loss_bound)
     assert found.gradient.shape == (bundle().dimension,)
     assert_close(found.gradient, shared)
@@ -107,6 +110,54 @@ def test_rows_left_over_from_an_earlier_batch_never_reach_a_padded_one():
     found = model.clipped_sum(EXAMPLES, np.array([9]), **BOUNDS)
     assert_close(found.gradient, clipped_sums(bundle().parameters(), [9], 1.0)[0])
     assert found.metrics.invalid == 0
+
+
+class Recording:
+    """An engine that notes what its training graph gave at every run: the bits of the shared gradients."""
+
+    def __init__(self):
+        self.engine, self.sums = OnnxEngine(bundle(), threads=1), []
+
+    def load(self, name):
+        self.graph = self.engine.load(name)
+        return self
+
+    def bind(self, inputs, outputs):
+        run = self.graph.bind(inputs, outputs)
+
+        def noted():
+            run()
+            self.sums.append(b"".join(outputs[f"grad.{name}"].tobytes() for name in ("w", "b")))
+
+        return noted
+
+
+@pytest.mark.parametrize("present", [0, 7, 12, 21])
+def test_one_example_more_changes_no_bit_of_another_windows_sums(present):
+    """Cut one after the other, the example would shift every later one into another row or chunk."""
+    window, sums = 6, []
+    for indices in (np.setdiff1d(np.arange(SIZE), [present]), np.arange(SIZE)):
+        engine = Recording()
+        GraphTrainer(bundle(), engine).clipped_sum(EXAMPLES, indices, window=window, **BOUNDS)
+        assert len(engine.sums) == 7  # windows of 6, 6, 6 and 4 in batches of 4, with or without one
+        sums.append(engine.sums)
+    place = present // window
+    own = slice(2 * place, 2 * place + 2)
+    without, among = (one[: own.start] + one[own.stop :] for one in sums)
+    assert without == among
+    assert sums[0][own] != sums[1][own]
+
+
+def test_the_order_of_the_indices_does_not_matter():
+    shuffled = np.random.default_rng(3).permutation(SIZE)
+    found = shared_trainer().clipped_sum(EXAMPLES, shuffled, window=9, **BOUNDS)
+    wanted = shared_trainer().clipped_sum(EXAMPLES, np.arange(SIZE), window=9, **BOUNDS)
+    assert np.array_equal(found.gradient, wanted.gradient)
+
+
+def test_a_window_below_one_is_refused():
+    with pytest.raises(ParameterError, match="windows of 0"):
+        shared_trainer().clipped_sum(EXAMPLES, np.arange(3), window=0, **BOUNDS)
 
 
 def test_the_result_depends_on_the_draw_alone_not_on_what_ran_before():

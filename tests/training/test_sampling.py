@@ -1,8 +1,8 @@
 """Poisson draws and shuffles: their distributions, exactly where that can be said."""
 
 from fractions import Fraction
-from itertools import permutations
-from math import sqrt
+from itertools import chain, permutations
+from math import exp, lgamma, log, log1p, sqrt
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from edge_sdk.crypto.hashing import derive_key
 from edge_sdk.crypto.stream import KeyStream
 from edge_sdk.errors import ParameterError
 from edge_sdk.training import sampling
-from edge_sdk.training.sampling import poisson_sample, shuffle, shuffled_batches
+from edge_sdk.training.sampling import batches_by_place, poisson_sample, shuffle, shuffled_batches, window_for
 
 SEEDS = [bytes([index]) * 32 for index in range(200)]
 entropies = st.binary(min_size=32, max_size=32)
@@ -97,6 +97,69 @@ def test_counts_and_pairs_occur_as_often_as_independence_says():
 def test_a_rate_that_is_no_probability_is_refused(size, rate):
     with pytest.raises(ParameterError, match="no Poisson sample"):
         poisson_sample(size, rate, bytes(32))
+
+
+draws = st.lists(st.integers(0, 400), unique=True)
+widths = st.integers(1, 500) | st.just(1 << 200)
+
+
+@given(draws, widths, st.integers(1, 9))
+def test_batches_by_place_hold_every_drawn_example_once_and_none_of_two_windows(drawn, window, batch):
+    found = [one.tolist() for one in batches_by_place(np.array(drawn, dtype=np.int64), window, batch)]
+    assert list(chain.from_iterable(found)) == sorted(drawn)
+    assert all(1 <= len(one) <= batch for one in found)
+    assert all(one[0] // window == one[-1] // window for one in found)
+
+
+@given(draws, widths, st.integers(1, 9))
+def test_no_window_takes_more_batches_than_it_needs(drawn, window, batch):
+    found = [int(one[0]) // window for one in batches_by_place(np.array(drawn, dtype=np.int64), window, batch)]
+    inside = [index // window for index in drawn]
+    assert all(found.count(place) == -(-inside.count(place) // batch) for place in inside)
+
+
+@given(draws, st.integers(0, 400), widths, st.integers(1, 9))
+def test_one_example_more_changes_the_batches_of_its_own_window_alone(drawn, more, window, batch):
+    without = np.setdiff1d(np.array(drawn, dtype=np.int64), [more])
+    both = [list(batches_by_place(indices, window, batch)) for indices in (without, np.append(without, more))]
+    one, other = ([b.tolist() for b in batches if int(b[0]) // window != more // window] for batches in both)
+    assert one == other
+
+
+@given(st.integers(1, 1 << 16), st.floats(0, 1, exclude_min=True))
+def test_a_window_has_room_for_a_batch_and_mostly_fills_one(batch, rate):
+    window = window_for(batch, rate)
+    assert window >= batch
+    assert window == batch or 0.8 * batch - 1 <= window * Fraction(rate) <= 0.8 * batch
+
+
+def tail(window: int, rate: float, above: int) -> float:
+    """P(more than `above` of a window are drawn)."""
+
+    def log_comb(k: int) -> float:
+        return lgamma(window + 1) - lgamma(k + 1) - lgamma(window - k + 1)
+
+    wanted = range(above + 1, window + 1)
+    return sum(exp(log_comb(k) + k * log(rate) + (window - k) * log1p(-rate)) for k in wanted)
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.1, 0.3, 0.79])
+def test_how_often_a_window_of_batch_32_takes_a_second_run_and_a_fourth(rate):
+    window = window_for(32, rate)
+    assert tail(window, rate, 32) < 0.1
+    assert tail(window, rate, 96) < 1e-25
+
+
+@pytest.mark.parametrize(("batch", "rate"), [(0, 0.5), (8, 0), (8, -0.1), (8, 1.5), (8, float("nan"))])
+def test_a_window_for_no_draw_is_refused(batch, rate):
+    with pytest.raises(ParameterError, match="no window"):
+        window_for(batch, rate)
+
+
+@pytest.mark.parametrize(("window", "batch"), [(0, 1), (-1, 1), (1, 0)])
+def test_windows_and_batches_hold_something(window, batch):
+    with pytest.raises(ParameterError, match=f"no batches of {batch} in windows of {window}"):
+        list(batches_by_place(np.arange(3), window, batch))
 
 
 @pytest.mark.parametrize("length", [0, 16, 31, 33])
