@@ -68,10 +68,11 @@ def measure(n: int, d: int, dropout: float, committee: str, groups: int) -> dict
         seconds, _ = timed(lambda x=integers: floor(bytes(32), x))  # type: ignore[misc]
         floor_s.append(seconds)
         enrolled = fleet.enrolled(device)
+        head = reference.stand_in_ledger(device.public_key, round_.ticket.round)
         entropy = os.urandom(32)
         training = contributor.Idle(round_.ticket.task).on_ticket(round_, terms, 0)
         seconds, sent = timed(
-            lambda t=training, x=integers, e=enrolled, s=entropy: t.contribute(x, e, s, encapsulate, 1)  # type: ignore[misc]
+            lambda t=training, x=integers, e=enrolled, h=head, s=entropy: t.contribute(x, e, h, s, encapsulate, 1)  # type: ignore[misc]
         )
         client_s.append(seconds)
         contribution = sent.contribution

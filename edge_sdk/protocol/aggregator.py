@@ -18,6 +18,7 @@ from edge_sdk.crypto.hashing import content_hash
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.crypto.shamir import PRIME
 from edge_sdk.errors import ParameterError, PeerError, RoundAborted
+from edge_sdk.protocol.anchors import Anchors
 from edge_sdk.protocol.contributor import Contribution
 from edge_sdk.protocol.messages import (
     Abort,
@@ -141,9 +142,16 @@ class Accepted(NamedTuple):
     """By member, each with its proof; None if the contribution had been taken before: there is nothing to add."""
 
 
-def accept(state: State, contribution: Contribution, coordinator: Identity, now_s: float) -> Accepted:
+NO_ANCHORS = Anchors()
+
+
+def accept(
+    state: State, contribution: Contribution, coordinator: Identity, now_s: float, anchors: Anchors = NO_ANCHORS
+) -> Accepted:
     """Check a contribution whole and take it. The same one again gives the same receipt.
 
+    anchors: of the headers taken in earlier rounds. Members refuse a set with a device whose ledger was rolled back; a
+    coordinator that refuses the device first loses no round to it, and tells it at once.
     Raises PeerError that names what is wrong with it, RoundAborted if it comes late or over n_max.
     """
     round_ = state.round
@@ -161,6 +169,7 @@ def accept(state: State, contribution: Contribution, coordinator: Identity, now_
         raise RoundAborted(f"contribution of sender {header.sender}: the round has closed")
     if len(state.entries) >= round_.ticket.n_max:
         raise RoundAborted(f"contribution of sender {header.sender}: the round has its {round_.ticket.n_max}")
+    anchors.check(round_.ticket.task, round_.ticket.round, header)
     round_.layout.from_bytes(contribution.masked)
     if content_hash(contribution.masked) != header.masked:
         raise PeerError(f"contribution: the masked vector of sender {header.sender} is not the one its header binds")

@@ -24,6 +24,7 @@ from edge_sdk.errors import ParameterError, PeerError, RoundAborted
 from edge_sdk.protocol.authority import FIRST, FleetEpoch
 from edge_sdk.protocol.messages import (
     Abort,
+    Anchor,
     Header,
     Receipt,
     Signed,
@@ -133,12 +134,14 @@ class Training:
         self,
         integers: NDArray[np.generic],
         device: Enrolled,
+        ledger: Anchor,
         entropy: bytes,
         encapsulate: Encapsulate,
         now_s: float,
     ) -> Sent:
         """Mask `integers` (dimension,), share the mask's secret with the committee, sign.
 
+        ledger: the head of this device's ledger, in which this ticket has its entry.
         entropy: 32 fresh secret bytes; the caller forgets them. Everything secret is derived from them together with
         the ticket, the device and the message, so that even repeated entropy masks no two messages alike.
         encapsulate: `sealing.encapsulate`, which draws its own coins.
@@ -175,6 +178,7 @@ class Training:
             sealing_key=sealer.public_key,
             masked=masked_hash,
             shares=merkle_root(shares),
+            ledger=ledger,
         )
         return Sent(self.round, device.index, Contribution(sign(device.identity, header), masked, b"".join(shares)))
 

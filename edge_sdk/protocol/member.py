@@ -1,8 +1,8 @@
 """A committee member (docs/protocol.md section 10): it inspects, signs one set per ticket, releases one sum per group.
 
 One session per ticket: Inspecting -> Committed -> Released, or Closed. What holds across tickets is in `MemberState`:
-the prekeys, each good for one ticket, and the newest round of every task. The caller stores the new state before it
-sends a reply.
+the prekeys, each good for one ticket, the newest round of every task, and the heads of devices' ledgers. The caller
+stores the new state before it sends a reply.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from edge_sdk.crypto.merkle import check_inclusion
 from edge_sdk.crypto.sealing import PREKEY_SEED_BYTES, Prekey
 from edge_sdk.crypto.shamir import PRIME
 from edge_sdk.errors import ParameterError, PeerError
+from edge_sdk.protocol.anchors import Anchors
 from edge_sdk.protocol.authority import FleetEpoch
 from edge_sdk.protocol.messages import (
     Abort,
@@ -47,6 +48,8 @@ class Shown:
     """A header that this member checked, and its share of it: None if it was not delivered or did not open."""
 
     header: bytes
+    key: bytes
+    """Its sender's."""
     share: bytes | None = field(repr=False)
     complained: bool = False
 
@@ -105,6 +108,8 @@ class MemberState:
     newest: Mapping[str, tuple[int, bytes]] = field(default_factory=dict)
     """task -> (round, tid) of the newest ticket seen."""
     sessions: Mapping[bytes, Session] = field(default_factory=dict)
+    anchors: Anchors = field(default_factory=Anchors)
+    """Outlive the sessions: a device that forgot a round does not get it again by waiting."""
 
     @property
     def spare_prekeys(self) -> int:
@@ -159,6 +164,7 @@ def expire(state: MemberState, now_s: float) -> MemberState:
     """Forget every session whose ticket has expired, and erase its prekey; erase offers that nobody used in time.
 
     What must never be done twice stays impossible: the ticket's round is not newer than `newest`, its prekey is gone.
+    The ledger heads stay.
     """
     for tid, session in tuple(state.sessions.items()):
         if now_s >= session.round.ticket.expires_s:
@@ -213,6 +219,7 @@ def _on_delivery(state: MemberState, delivery: Delivery, identity: Identity) -> 
     number = _number(round_, identity)
     prekey = Prekey(state.prekeys[session.serial])
     shown = dict(session.shown)
+    fresh: list[Header] = []
     for signed, sealed in delivery.items:
         header = round_.check_header(signed)
         digest = message_hash(Header, signed.body)
@@ -223,16 +230,19 @@ def _on_delivery(state: MemberState, delivery: Delivery, identity: Identity) -> 
             continue
         if before is None and len(shown) >= round_.ticket.n_max:
             raise PeerError(f"delivery: more than n_max = {round_.ticket.n_max} contributors")
+        if before is None:
+            fresh.append(header)
         if sealed is None:
-            shown[header.sender] = Shown(digest, None)
+            shown[header.sender] = Shown(digest, header.key, None)
         else:
             share = _open_share(round_, header, sealed, prekey, number)
-            shown[header.sender] = Shown(digest, share, complained=share is None)
-    after = _with_session(state, replace(session, shown=shown))
-    unopened = sorted(sender for sender, entry in shown.items() if entry.complained)
-    if not unopened:
+            shown[header.sender] = Shown(digest, header.key, share, complained=share is None)
+    anchors = state.anchors.shown(round_.ticket.task, round_.ticket.round, fresh)
+    after = _with_session(replace(state, anchors=anchors), replace(session, shown=shown))
+    named = sorted(sender for sender, entry in shown.items() if entry.complained or entry.key in anchors.forked)
+    if not named:
         return after, None
-    return after, wrap(Complaint, sign(identity, Complaint(delivery.tid, number, unopened)))
+    return after, wrap(Complaint, sign(identity, Complaint(delivery.tid, number, named)))
 
 
 def _open_share(round_: Round, header: Header, sealed: SealedShare, prekey: Prekey, number: int) -> bytes | None:
@@ -274,6 +284,8 @@ def _on_seal(state: MemberState, signed: Signed, identity: Identity, now_s: floa
             shown = session.shown.get(sender)
             if shown is None or shown.header != header:
                 raise PeerError(f"seal: the header of sender {sender} was not shown to this member")
+            if shown.key in state.anchors.forked:
+                raise PeerError(f"seal: the ledger of sender {sender} was rolled back, or its device cloned")
     signature = sign(identity, SealSignature(seal.tid, digest, _number(round_, identity)))
     groups = tuple(tuple(sender for sender, _ in entries) for entries in seal.groups)
     shares = {sender: session.shown[sender].share for group in groups for sender in group}

@@ -183,6 +183,13 @@ class Ticket(Message, frozen=True):
     """Members neither sign nor release from this time on, and erase the round's prekey."""
 
 
+class Anchor(Message, frozen=True):
+    """The head of a device's ledger: how many entries it has, and the chain's hash after the last."""
+
+    entries: Counter
+    link: Hash
+
+
 class Header(Message, frozen=True):
     """What a contributor signs: it binds the masked vector and every sealed share to one ticket and one sender."""
 
@@ -194,6 +201,8 @@ class Header(Message, frozen=True):
     sealing_key: Key
     masked: Hash
     shares: Hash
+    ledger: Anchor
+    """The sender's ledger when it made the contribution. Committee members keep it: a disk that went back shows."""
 
 
 class SealedShare(Message, frozen=True):
@@ -211,7 +220,10 @@ class Delivery(Message, frozen=True):
 
 
 class Complaint(Message, frozen=True):
-    """Senders whose share does not open for this member. Signed by the member. It proves nothing against a sender."""
+    """Senders whose share does not open for this member, or whose ledger was rolled back as far as this member saw.
+
+    Signed by the member. It proves nothing against a sender.
+    """
 
     tid: Hash
     member: MemberNumber

@@ -12,12 +12,13 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_sdk.crypto.hashing import derive_key
+from edge_sdk.crypto.hashing import content_hash, derive_key
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.crypto.sealing import PREKEY_SEED_BYTES, Encapsulate
 from edge_sdk.errors import RoundAborted
 from edge_sdk.protocol import aggregator, authority, contributor, member
 from edge_sdk.protocol.messages import (
+    Anchor,
     Certificate,
     CommitteeKind,
     Delivery,
@@ -146,6 +147,12 @@ def open_ticket(
     return sign_ticket(fleet.coordinator, fleet.epoch, ticket)
 
 
+def stand_in_ledger(key: bytes, round_number: int) -> Anchor:
+    """The head that the ledger of the device with this key would have, if it held one entry a round."""
+    entries = round_number + 1
+    return Anchor(entries, content_hash(key + entries.to_bytes(8, "little")))
+
+
 S = TypeVar("S", bound=aggregator.State)
 
 
@@ -180,7 +187,8 @@ def run_round(
         device = fleet.enrolled(fleet.devices[number])
         training = contributor.Idle(round_.ticket.task).on_ticket(round_, terms, now_s=0)
         own_entropy = derive_key(entropy, "device entropy", number.to_bytes(4, "little"))
-        sent = training.contribute(integers, device, own_entropy, encapsulate, now_s=1)
+        ledger = stand_in_ledger(device.identity.public_key, round_.ticket.round)
+        sent = training.contribute(integers, device, ledger, own_entropy, encapsulate, now_s=1)
         watch(f"device {number}", "sends its contribution", sent.contribution)
         accepted = aggregator.accept(collecting, sent.contribution, fleet.coordinator, now_s=2)
         collecting = _now(aggregator.Collecting, accepted.state)

@@ -312,7 +312,8 @@ def _record(fleet: reference.Fleet, groups: int) -> Recording:
         enrolled = fleet.enrolled(identity)
         training = idle.on_ticket(round_, contributor.Terms(bytes(32)), NOW_S)
         own = derive_key(ENTROPY, "device entropy", number.to_bytes(4, "little"))
-        sent = training.contribute(np.arange(DIMENSION) - 7 * number, enrolled, own, encapsulate, NOW_S)
+        ledger = reference.stand_in_ledger(identity.public_key, round_.ticket.round)
+        sent = training.contribute(np.arange(DIMENSION) - 7 * number, enrolled, ledger, own, encapsulate, NOW_S)
         contributions.append(sent.contribution)
         keep(Header, sent.contribution.header, identity)
         if number == 1:

@@ -26,6 +26,7 @@ from edge_sdk.protocol.aggregator import Certified, Collecting, Done, Sealed
 from edge_sdk.protocol.contributor import Contribution, Enrolled, Idle, Sent, Terms, contribution_seed
 from edge_sdk.protocol.member import MemberState
 from edge_sdk.protocol.messages import (
+    Anchor,
     Certificate,
     Delivery,
     Header,
@@ -76,6 +77,7 @@ def send(
     index: int,
     integers: NDArray[np.generic] | None = None,
     entropy: bytes | None = None,
+    ledger: Anchor | None = None,
 ) -> Sent:
     """An honest device's turn."""
     ticket = round_.ticket
@@ -83,7 +85,9 @@ def send(
     if integers is None:
         integers = integers_of(index, ticket.dimension)
     own = entropy or seed("device", index, round_.tid)
-    return training.contribute(integers, device_at(fleet, index), own, encapsulate, now_s=1)
+    device = device_at(fleet, index)
+    ledger = ledger or reference.stand_in_ledger(device.identity.public_key, ticket.round)
+    return training.contribute(integers, device, ledger, own, encapsulate, now_s=1)
 
 
 def forge(
@@ -139,6 +143,7 @@ def forge(
         sealing_key=sealer.public_key,
         masked=content_hash(vector),
         shares=merkle_root(blobs),
+        ledger=reference.stand_in_ledger(device.identity.public_key, round_.ticket.round),
     )
     claimed = Header(**{f: header_fields.get(f, getattr(header, f)) for f in Header.__struct_fields__})
     return Contribution(sign(identity or device.identity, claimed), vector, b"".join(blobs))
@@ -305,7 +310,8 @@ def contents_of(state: MemberState) -> object:
         tid: (type(session), {name: value(thing) for name, thing in vars(session).items()})
         for tid, session in state.sessions.items()
     }
-    return state.next_serial, dict(state.prekeys), dict(state.bound), dict(state.newest), sessions
+    anchors = {key: dict(heads) for key, heads in state.anchors.newest.items()}, state.anchors.forked
+    return state.next_serial, dict(state.prekeys), dict(state.bound), dict(state.newest), sessions, anchors
 
 
 def stage_of(fleet: Fleet, round_: Round) -> Stage:

@@ -43,9 +43,11 @@ from edge_sdk.crypto.stream import KeyStream
 from edge_sdk.errors import ParameterError, PeerError, RoundAborted
 from edge_sdk.protocol import aggregator, authority, contributor, member, reference
 from edge_sdk.protocol.aggregator import Aborted
+from edge_sdk.protocol.anchors import Anchors
 from edge_sdk.protocol.contributor import Contribution, Idle, Terms, Training
 from edge_sdk.protocol.messages import (
     Abort,
+    Anchor,
     Certificate,
     Complaint,
     Delivery,
@@ -1259,6 +1261,174 @@ def test_a_rolled_back_device_cannot_contribute_a_second_time():
             n, wrap(Delivery, Delivery(stage.round.tid, [(again.header, None)])), "sender 2 signed two contributions"
         )
     opens_exactly(stage, stage.finish(), 0, tuple(range(6)))
+
+
+# --- Ledgers that forgot: heads anchored with members -----
+
+
+def a_round_later(stage: Stage, ledger: Anchor, liar: int, *numbers: int, **changes: object) -> Stage:
+    """The next round: `liar` contributes with this ledger, the others honestly; `numbers` know the ticket."""
+    later = following(stage, **changes)
+    for index in range(len(stage.fleet.devices)):
+        head = ledger if index == liar else None
+        later.take(send(later.fleet, later.round, index, ledger=head).contribution)
+    for n in numbers or later.members:
+        later.tell(n, wrap(Ticket, later.round.signed))
+    return later
+
+
+def head_of(stage: Stage, index: int) -> Anchor:
+    return header_of(stage.contributions[index]).ledger
+
+
+@pytest.mark.parametrize("entries", ["as many as before", "as many, another last one", "fewer", "none"])
+def test_a_device_whose_ledger_was_rolled_back_is_left_out_and_never_opened(entries):
+    """Its disk is from before an earlier round: it would spend again what it forgot that it had spent."""
+    stage = inspected(staged(6))
+    stage.finish()
+    spent = head_of(stage, 2)
+    head = {
+        "as many as before": spent,
+        "as many, another last one": Anchor(spent.entries, seed("after the rollback")),
+        "fewer": Anchor(spent.entries - 1, seed("after the rollback")),
+        "none": Anchor(0, bytes(32)),
+    }[entries]
+    later = a_round_later(stage, head, 2)
+    with_it = later.seal_of(range(6))
+    complaints = later.inspect()
+    assert [decode(Complaint, unwrap(c)[1].body).senders for c in complaints] == [[2]] * 6
+    for n in later.members:
+        later.refuses(n, wrap(Seal, with_it), "the ledger of sender 2 was rolled back, or its device cloned")
+    later.complain(complaints)
+    assert aggregator.excluded(later.collecting, proved=True) == {2}
+    opens_exactly(later, later.finish(), 0, (0, 1, 3, 4, 5))
+    assert {seal for _, seal in later.released} == {later.sealed().digest}
+
+
+def test_a_cloned_card_that_serves_two_tasks_is_left_out_of_the_second():
+    """Each copy writes a ledger of its own: of the same length, with other entries."""
+    stage = inspected(staged(6))
+    stage.finish()
+    clone = Anchor(head_of(stage, 4).entries, seed("the clone's entry"))
+    later = a_round_later(stage, clone, 4, task="another", round=0, previous=authority.FIRST)
+    complaints = later.inspect()
+    assert len(complaints) == 6
+    later.complain(complaints)
+    opens_exactly(later, later.finish(), 0, (0, 1, 2, 3, 5))
+
+
+def test_a_device_that_gave_itself_away_in_another_task_is_not_sealed_where_it_came_first():
+    """The first task's header is shown, then the clone's in the second: neither set gets this member's signature."""
+    stage = inspected(staged(6))
+    clone = Anchor(head_of(stage, 4).entries, seed("the clone's entry"))
+    later = a_round_later(stage, clone, 4, task="another", round=0, previous=authority.FIRST)
+    assert len(later.inspect()) == 6
+    stage.states = later.states
+    for n in stage.members:
+        stage.refuses(n, wrap(Seal, stage.seal_of(range(6))), "the ledger of sender 4")
+        complaint = stage.tell(n, wrap(Delivery, Delivery(stage.round.tid, [])))
+        assert complaint is not None
+        assert decode(Complaint, unwrap(complaint)[1].body).senders == [4]
+
+
+@pytest.mark.parametrize(("devices", "helpers"), [(6, 0), (10, 0), (6, 5), (6, 7)])
+def test_a_rollback_past_a_certified_set_reaches_no_second_quorum(devices, helpers):
+    """The first set was seen by Q members and no more. All others, and c corrupt ones of the Q, sign the second."""
+    stage = staged(devices, "helpers" if helpers else "everyone", helpers=helpers)
+    quorum, corrupt = stage.round.thresholds.quorum, stage.round.thresholds.corrupt
+    saw = stage.members[:quorum]
+    stage.inspect(*saw)
+    stage.release(stage.certify(stage.sealed(), *saw), *saw)
+    later = a_round_later(stage, Anchor(head_of(stage, 2).entries, seed("rolled back")), 2)
+    later.inspect()
+    signed = later.seal_of(range(devices))
+    signatures = {n: later.signature_of(n, signed) for n in saw[:corrupt]}
+    for n in saw[corrupt:]:
+        later.refuses(n, wrap(Seal, signed), "the ledger of sender 2")
+    for n in set(later.members) - set(saw):
+        reply = later.tell(n, wrap(Seal, signed))
+        assert reply is not None
+        signatures[n] = unwrap(reply)[1].signature
+    assert len(signatures) < quorum
+    for n in later.members:
+        with pytest.raises(PeerError):
+            later.tell(n, later.certificate_from(signed, signatures))
+    assert later.released == []
+
+
+def test_a_rolled_back_device_does_not_come_back_by_waiting():
+    """Neither when its ledger has grown again, nor when the sessions that showed it have expired."""
+    stage = inspected(staged(6))
+    later = a_round_later(stage, Anchor(0, bytes(32)), 2)
+    assert len(later.inspect()) == 6
+    later.states = {n: member.expire(state, EXPIRES_S) for n, state in later.states.items()}
+    assert not any(state.sessions for state in later.states.values())
+    third = a_round_later(later, Anchor(1_000, seed("grown")), 2, closes_s=EXPIRES_S + 1, expires_s=EXPIRES_S + 2)
+    complaints = third.inspect()
+    assert [decode(Complaint, unwrap(c)[1].body).senders for c in complaints] == [[2]] * 6
+
+
+def test_ledger_heads_outlive_the_sessions_that_showed_them():
+    stage = inspected(staged(6))
+    stage.states = {n: member.expire(state, EXPIRES_S) for n, state in stage.states.items()}
+    assert not any(state.sessions for state in stage.states.values())
+    again = Anchor(head_of(stage, 2).entries, head_of(stage, 2).link)
+    later = a_round_later(stage, again, 2, closes_s=EXPIRES_S + 1, expires_s=EXPIRES_S + 2)
+    assert len(later.inspect()) == 6
+
+
+def test_a_lying_coordinator_cannot_make_a_device_look_rolled_back():
+    """Heads are signed by the device and bound to one ticket; shown again or out of order they say the same."""
+    stage = inspected(staged(6))
+    stage.finish()
+    later = inspected(a_round_later(stage, Anchor(2, seed("next")), 2))  # no complaint
+    old = stage.contributions[2].header
+    moved = sign(
+        stage.fleet.coordinator, msgspec.structs.replace(header_of(later.contributions[2]), ledger=Anchor(0, bytes(32)))
+    )
+    for n in later.members:
+        later.refuses(n, wrap(Delivery, Delivery(later.round.tid, [(old, None)])), "for another ticket")
+        later.refuses(n, wrap(Delivery, Delivery(later.round.tid, [(moved, None)])), "signature is not valid")
+        assert later.tell(n, wrap(Delivery, Delivery(later.round.tid, later.mail[n]))) is None
+        assert later.states[n].anchors.forked == frozenset()
+    opens_exactly(later, later.finish(), 0, tuple(range(6)))
+
+
+def test_a_device_in_two_tasks_is_not_taken_for_a_clone_whatever_arrives_first():
+    """It drew for both tickets, then contributed to both: one ledger, and the shorter head may be shown last."""
+    stage = staged(6, senders=())
+    heads = [Anchor(entries, seed("one ledger", entries)) for entries in range(9)]
+    other = following(stage, task="another", round=0, previous=authority.FIRST)
+    for index in range(6):
+        stage.take(send(stage.fleet, stage.round, index, ledger=heads[2]).contribution)
+        other.take(send(other.fleet, other.round, index, ledger=heads[2 + index % 2]).contribution)
+    stage.states = other.states
+    assert stage.inspect() == []
+    other.states = stage.states
+    assert other.inspect() == []
+    after = following(other, task="reference", round=1, previous=stage.round.tid)
+    for index in range(6):
+        after.take(send(after.fleet, after.round, index, ledger=heads[5]).contribution)
+    assert after.inspect() == []
+
+
+def test_an_honest_coordinator_refuses_a_rolled_back_device_before_members_have_to():
+    """So that a liar cannot have its set refused by the members that saw its other head."""
+    stage = staged(6)
+    headers = [header_of(stage.contributions[i]) for i in range(6)]
+    anchors = Anchors().shown(stage.round.ticket.task, stage.round.ticket.round, headers)
+    later = following(stage)
+    coordinator = stage.fleet.coordinator
+    for head in (head_of(stage, 2), Anchor(0, bytes(32))):
+        rolled_back = send(later.fleet, later.round, 2, ledger=head).contribution
+        with pytest.raises(PeerError, match=r"header of sender 2: .* rolled back or its device cloned"):
+            aggregator.accept(later.collecting, rolled_back, coordinator, 2, anchors)
+    honest = send(later.fleet, later.round, 2).contribution
+    accepted = aggregator.accept(later.collecting, honest, coordinator, 2, anchors)
+    again = aggregator.accept(
+        accepted.state, honest, coordinator, 2, anchors.shown("reference", 1, [header_of(honest)])
+    )
+    assert again.receipt == accepted.receipt
 
 
 @pytest.mark.parametrize(("devices", "c"), [(6, 1), (10, 3)])

@@ -32,6 +32,7 @@ from edge_sdk.protocol.authority import FIRST
 from edge_sdk.protocol.contributor import Idle, Sent, State, Terms, Training, contribution_seed, step
 from edge_sdk.protocol.messages import (
     Abort,
+    Anchor,
     Certificate,
     Complaint,
     Delivery,
@@ -46,6 +47,7 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.protocol.rounds import Round, split_shares
 
+LEDGER = Anchor(5, seed("ledger head"))
 STAGE = staged(6)
 TERMS = Terms(STAGE.round.ticket.bundle)
 TICKET = wrap(Ticket, STAGE.round.signed)
@@ -69,7 +71,7 @@ def receipt_for(sent: Sent) -> bytes:
 def test_a_device_takes_a_ticket_contributes_and_forgets():
     training = to(Idle("reference"), TICKET)
     assert isinstance(training, Training)
-    sent = training.contribute(integers_of(3, 5), device_at(STAGE.fleet, 3), seed("own"), encapsulate, 1)
+    sent = training.contribute(integers_of(3, 5), device_at(STAGE.fleet, 3), LEDGER, seed("own"), encapsulate, 1)
     after = to(sent, receipt_for(sent))
     assert after == Idle("reference", 0, STAGE.round.tid)
 
@@ -175,7 +177,7 @@ def test_a_late_ticket_is_an_expected_abort_and_nobodys_fault(now_s):
 def test_a_round_that_closes_while_the_device_trains_is_left_without_a_contribution():
     training = Training(STAGE.round)
     with pytest.raises(RoundAborted, match="closed while this device trained"):
-        training.contribute(integers_of(3, 5), device_at(STAGE.fleet, 3), seed("e"), encapsulate, CLOSES_S)
+        training.contribute(integers_of(3, 5), device_at(STAGE.fleet, 3), LEDGER, seed("e"), encapsulate, CLOSES_S)
 
 
 def test_the_devices_own_terms_come_before_the_clock():
@@ -194,7 +196,9 @@ def contribute(entropy: bytes, round_: Round = STAGE.round, integers=None) -> Se
 @pytest.mark.parametrize("length", [0, 16, 31, 33, 64])
 def test_entropy_of_another_length_is_the_callers_fault(length):
     with pytest.raises(ParameterError, match=f"takes 32 bytes of entropy, not {length}"):
-        Training(STAGE.round).contribute(integers_of(3, 5), device_at(STAGE.fleet, 3), bytes(length), encapsulate, 1)
+        Training(STAGE.round).contribute(
+            integers_of(3, 5), device_at(STAGE.fleet, 3), LEDGER, bytes(length), encapsulate, 1
+        )
 
 
 @pytest.mark.parametrize("integers", [np.zeros(4, int), np.zeros(6, int), np.zeros((5, 1), int), np.zeros(5)])
@@ -364,7 +368,7 @@ def test_a_device_goes_from_round_to_round():
     for number in range(3):
         training = to(state, wrap(Ticket, stage.round.signed), stage=stage)
         assert isinstance(training, Training)
-        sent = training.contribute(integers_of(3, 5), device_at(stage.fleet, 3), seed(number), encapsulate, 1)
+        sent = training.contribute(integers_of(3, 5), device_at(stage.fleet, 3), LEDGER, seed(number), encapsulate, 1)
         receipt = stage.lie(Receipt(stage.round.tid, 3, digest_of(sent.contribution)))
         state = to(sent, receipt, stage=stage)
         assert state == Idle("reference", number, stage.round.tid)

@@ -263,6 +263,7 @@ def example(kind: type[Message]) -> Message:
         Envelope: Envelope("ticket", b"\x90"),
         NoisePlan: ticket.noise,
         Work: ticket.work,
+        messages.Anchor: messages.Anchor(3, bytes(32)),
         Grouping: Grouping(1, 1),
         messages.Frozen: rec.epoch.frozen,
         messages.Member: rec.epoch.members[0],

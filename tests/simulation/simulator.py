@@ -156,7 +156,8 @@ class Device:
             if self.lie is None:
                 integers = simulation.integers(self.index, self.boots)
                 enrolled = device_at(simulation.fleet, self.index)
-                after = after.contribute(integers, enrolled, entropy, coins_of(entropy), simulation.now_s)
+                ledger = reference.stand_in_ledger(enrolled.identity.public_key, round_.ticket.round)
+                after = after.contribute(integers, enrolled, ledger, entropy, coins_of(entropy), simulation.now_s)
                 simulation.truth[digest_of(after.contribution)] = integers
             else:
                 contribution, integers = lying_contribution(simulation, self.index, self.lie, entropy)

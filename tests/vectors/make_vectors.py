@@ -33,8 +33,10 @@ from edge_sdk.crypto.merkle import MerkleTree, check_inclusion, merkle_root
 from edge_sdk.crypto.stream import KeyStream, uniform_residues
 from edge_sdk.errors import SordinoError
 from edge_sdk.protocol import aggregator, authority, contributor, member, messages, plan
+from edge_sdk.protocol.anchors import Anchors
 from edge_sdk.protocol.messages import (
     Abort,
+    Anchor,
     Certificate,
     Complaint,
     Delivery,
@@ -650,7 +652,17 @@ def messages_vectors() -> Json:
     offer = PrekeyOffer(key, other, 2**53 - 1, fixed("x25519"), fixed("mlkem", length=1184), 2**40 - 1)
     noise = NoisePlan("example", 0.1, 1e-4, 100.0, 0.05, 2.5, 1.0, 0.3)
     work = Work(0.125, 0, 0, 0.0, 0)
-    header = Header(tid, 1048575, key, [digest, tid], 1, fixed("sealing key"), fixed("masked"), fixed("shares"))
+    header = Header(
+        tid,
+        1048575,
+        key,
+        [digest, tid],
+        1,
+        fixed("sealing key"),
+        fixed("masked"),
+        fixed("shares"),
+        Anchor(2**53 - 1, fixed("link")),
+    )
     certificate = Certificate(tid, digest, [(1, fixed("signature", 1, 64)), (256, fixed("signature", 2, 64))])
     examples: list[Message] = [
         frozen,
@@ -662,6 +674,7 @@ def messages_vectors() -> Json:
             1, fixed("epoch"), "fashion-mnist.v1", 127, fixed("previous"), fixed("bundle"), fixed("parameters"),
             1 << 27, 10_000, 128, 64, noise, work, [sign(author, offer)], 1_800_000_000, (1 << 40) - 1,
         ),
+        header.ledger,
         header,
         SealedShare(fixed("sealed", length=40), [digest]),
         Delivery(tid, [(sign(author, header), SealedShare(b"\x00", [])), (sign(author, header), None)]),
@@ -986,6 +999,9 @@ class Script:
     def integers(self, device: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         return np.arange(self.dimension, dtype=np.int64) * (device + 1) - 50 * device
 
+    def ledger(self, device: int) -> Anchor:
+        return Anchor(2 * device + 1, fixed(f"{self.fleet.name}/ledger", device))
+
     def enrolled(self, device: int) -> contributor.Enrolled:
         identity = self.fleet.identities[device]
         return contributor.Enrolled(identity, *self.fleet.roster.enrolment(identity.public_key))
@@ -1074,7 +1090,7 @@ class Script:
         coins = iter(self.coins(device))
         encapsulate = lambda public: coins_of(next(coins))(public)  # noqa: E731
         sent = training.contribute(
-            self.integers(device), self.enrolled(device), self.entropy(device), encapsulate, now_s
+            self.integers(device), self.enrolled(device), self.ledger(device), self.entropy(device), encapsulate, now_s
         )
         header, masked, shares = sent.contribution
         size = self.round.share_bytes
@@ -1215,6 +1231,7 @@ class Script:
                     "index": self.enrolled(i).index,
                     "group": self.fleet.epoch.group_of(self.enrolled(i).index, self.groups),
                     "enrolment": [h.hex() for h in self.enrolled(i).proof],
+                    "ledger": fields_json(self.ledger(i)),
                     "entropy": self.entropy(i).hex(),
                     "coins": [coins.hex() for coins in self.coins(i)],
                     "integers": self.integers(i).tolist(),
@@ -1638,7 +1655,8 @@ def contribution_vectors() -> Json:
     case: Json = {
         "success": True, "name": "a contribution", "operation": "contribute",
         "ticket": signed_json(script.round.signed), "tid": tid.hex(), "seed": script.fleet.devices[0].hex(),
-        "index": device.index, "enrolment": [h.hex() for h in device.proof], "entropy": entropy.hex(),
+        "ledger": fields_json(script.ledger(0)), "index": device.index,
+        "enrolment": [h.hex() for h in device.proof], "entropy": entropy.hex(),
         "coins": [coins.hex() for coins in script.coins(0)], "integers": script.integers(0).tolist(),
         "secret_first": secret[:64].tolist(), "secret_sha256_of_i8": sha256(little(secret, "<i1")),
         "sharing_key": sharing_key.hex(),
@@ -1663,7 +1681,12 @@ def contribution_vectors() -> Json:
         given: Json = {"integers": [0] * 24, "entropy": entropy.hex(), "now_s": 1, **changed}
         failed = refusal(
             lambda g=given: training.contribute(
-                np.array(g["integers"], dtype=np.int64), device, bytes.fromhex(g["entropy"]), encapsulate, g["now_s"]
+                np.array(g["integers"], dtype=np.int64),
+                device,
+                script.ledger(0),
+                bytes.fromhex(g["entropy"]),
+                encapsulate,
+                g["now_s"],
             ),
             reason,
         )
@@ -1673,6 +1696,56 @@ def contribution_vectors() -> Json:
         "authority_key": script.fleet.authority.public_key.hex(), "epoch": signed_json(script.fleet.signed),
         "bundle": fixed("bundle").hex(), "cases": cases,
     }  # fmt: skip
+
+
+def anchors_vectors() -> Json:
+    """Headers in the order in which a member sees them, and which it must take for a sign of a fork."""
+    cases: list[Json] = []
+
+    def case(name: str, *shown: tuple[str, int, int, int], by: int = 1, reason: str | None = None) -> None:
+        """shown: (task, round, entries, link); all but the last by device 1, the last by `by`."""
+        anchors, written = Anchors(), []
+        for i, (task, number, entries, link) in enumerate(shown):
+            owner = by if i == len(shown) - 1 else 1
+            written.append({"key": owner, "task": task, "round": number, "entries": entries, "link": link})
+            header = Header(bytes(32), 3, bytes([owner] * 32), [], 0, bytes(32), bytes(32), bytes(32),
+                            Anchor(entries, bytes([link] * 32)))  # fmt: skip
+            before = anchors
+            anchors = before.shown(task, number, [header])
+        step: Json = {"name": name, "operation": "anchors", "shown": written}
+        if reason is not None:
+            step |= {"step": "the last", **refusal(lambda: before.check(task, number, header), reason)}
+        else:
+            before.check(task, number, header)
+            step |= {"success": True}
+        newest = [
+            {"key": key[0], "task": task, "round": at.round, "entries": at.anchor.entries, "link": at.anchor.link[0]}
+            for key, heads in sorted(anchors.newest.items())
+            for task, at in sorted(heads.items())
+        ]
+        cases.append({**step, "newest": newest, "forked": sorted(key[0] for key in anchors.forked)})
+
+    another = "another one than in round 7 of a"
+    case("a first header", ("a", 0, 0, 1))
+    case("a longer ledger in a later round", ("a", 0, 1, 1), ("a", 1, 2, 2))
+    case("the same header again", ("a", 0, 1, 1), ("a", 0, 1, 1))
+    case("as long in a later round", ("a", 0, 1, 1), ("a", 1, 1, 1), reason="and had 1 in round 0")
+    case("shorter in a later round", ("a", 0, 5, 1), ("a", 9, 4, 2), reason="and had 5 in round 0")
+    case("one head in two tasks", ("a", 7, 5, 1), ("b", 0, 5, 1))
+    case("shorter in another task", ("a", 7, 5, 1), ("b", 9, 4, 2))
+    case("another link of the same length", ("a", 7, 5, 1), ("a", 8, 5, 2), reason=another)
+    case("the same in another task", ("a", 7, 5, 1), ("b", 0, 5, 2), reason=another)
+    case("an older round shown late", ("a", 7, 5, 1), ("a", 6, 4, 2))
+    case("as long as another task's", ("a", 7, 5, 1), ("b", 1, 9, 3), ("a", 8, 9, 3))
+    forked = (("a", 0, 5, 1), ("a", 1, 4, 2))
+    case("longer again after a rollback", *forked, ("a", 2, 6, 3), reason="as an earlier header showed")
+    case("another task after a rollback", *forked, ("b", 0, 6, 3), reason="as an earlier header showed")
+    case("another device after one's rollback", *forked, ("a", 2, 1, 3), by=2)
+    return {
+        "about": "Ledger heads shown to a member, in order: whether the last one fits, and what is kept after it. A "
+        "key or link n stands for 32 bytes n.",
+        "cases": cases,
+    }
 
 
 FILES: dict[str, Callable[[], Json]] = {
@@ -1689,6 +1762,7 @@ FILES: dict[str, Callable[[], Json]] = {
     "epoch": epoch_vectors,
     "ticket": ticket_vectors,
     "contribution": contribution_vectors,
+    "anchors": anchors_vectors,
     "round_everyone": round_everyone,
     "round_helpers": round_helpers,
     "round_groups": round_groups,

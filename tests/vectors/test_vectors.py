@@ -24,6 +24,7 @@ from edge_sdk.crypto.identity import Identity, check_signature
 from edge_sdk.crypto.merkle import MerkleTree, check_inclusion, merkle_root
 from edge_sdk.crypto.stream import KeyStream, uniform_residues
 from edge_sdk.protocol import aggregator, authority, contributor, member, messages, plan
+from edge_sdk.protocol.anchors import Anchors
 from edge_sdk.protocol.messages import Delivery, Header, Message, Signed, Ticket, encode, message_hash, wrap
 from edge_sdk.protocol.rounds import Round, prekey_public, share_context, split_shares
 
@@ -450,6 +451,28 @@ def test_ticket(file, case):
     hold(case, run)
 
 
+@all_cases("anchors")
+def test_anchors(file, case):
+    anchors = before = Anchors()
+    for shown in case["shown"]:
+        head = messages.Anchor(shown["entries"], bytes([shown["link"]] * 32))
+        key, zero = bytes([shown["key"]] * 32), bytes(32)
+        header = Header(zero, 3, key, [], 0, zero, zero, zero, head)
+        before, anchors = anchors, anchors.shown(shown["task"], shown["round"], [header])
+    hold(case, lambda: before.check(shown["task"], shown["round"], header))
+    kept = [
+        {"key": key[0], "task": task, "round": at.round, "entries": at.anchor.entries, "link": at.anchor.link[0]}
+        for key, heads in sorted(anchors.newest.items())
+        for task, at in sorted(heads.items())
+    ]
+    assert kept == case["newest"]
+    assert sorted(key[0] for key in anchors.forked) == case["forked"]
+
+
+def ledger_of(given: Case) -> messages.Anchor:
+    return messages.Anchor(given["ledger"]["entries"], unhex(given["ledger"]["link"]))
+
+
 @all_cases("contribution")
 def test_contribution(file, case):
     content = FILES[file]
@@ -463,7 +486,7 @@ def test_contribution(file, case):
 
     def run():
         encapsulate = fixed_coins(iter(valid["coins"]))
-        sent = training.contribute(integers, device, entropy, encapsulate, case.get("now_s", 1))
+        sent = training.contribute(integers, device, ledger_of(valid), entropy, encapsulate, case.get("now_s", 1))
         assert sent.contribution.header == signed(case["header"])
         assert sent.contribution.masked.hex() == case["masked"]
         assert sent.contribution.shares.hex() == case["shares"]
@@ -603,7 +626,7 @@ class Replay:
         assert isinstance(training, contributor.Training)
         integers = np.array(given["integers"], dtype=np.int64)
         coins = fixed_coins(iter(given["coins"]))
-        sent = training.contribute(integers, device, unhex(given["entropy"]), coins, step["now_s"])
+        sent = training.contribute(integers, device, ledger_of(given), unhex(given["entropy"]), coins, step["now_s"])
         contribution = self.deal_badly(step, sent.contribution, identity, given)
         assert contribution.header == signed(step["header"])
         assert sha256(contribution.masked) == step["masked_sha256"]
