@@ -6,8 +6,12 @@ said that they arrived. Whoever needs more asks again (docs/services.md section 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Protocol
+
+DEVICE_NAME = re.compile(r"[0-9a-f]{64}\Z")
+"""A device's name at the broker: its identity's public key, 64 lower-case hexadecimal digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +21,10 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The link went down. The transport reconnects by itself, with jittered back-off. reason: for people."""
+    """The link went down, or could not come up. The transport tries again by itself, with jittered back-off.
+
+    reason: for people. While it stays down for the same reason, this is said once.
+    """
 
     reason: str
 

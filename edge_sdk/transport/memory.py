@@ -8,7 +8,6 @@ transports may live in different threads.
 from __future__ import annotations
 
 import logging
-import re
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -17,12 +16,11 @@ from enum import Enum
 
 from edge_sdk.crypto.hashing import tagged_hash
 from edge_sdk.errors import ParameterError, TransportError
-from edge_sdk.transport import Connected, Inbound, Lost
+from edge_sdk.transport import DEVICE_NAME, Connected, Inbound, Lost
 from edge_sdk.transport.wire import MAX_FRAME_BYTES, Leaving, encode_frame
 
 log = logging.getLogger(__name__)
 
-DEVICE_NAME = re.compile(r"[0-9a-f]{64}\Z")
 BATCH = 256
 """Frames that the hub gives at once."""
 
@@ -90,10 +88,10 @@ class MemoryTransport:
     def __init__(self, hub: MemoryHub, device: str) -> None:
         self.device = device
         self._hub = hub
-        self._inbox: deque[bytes | Connected | Lost] = deque([Connected()])
+        self._inbox: deque[bytes | Connected | Lost] = deque([Connected()] if hub._is_up else [])
         self._arrived = threading.Condition(hub._lock)
         self._up, self._down = _Way(), _Way()
-        self._is_up = True
+        self._is_up = hub._is_up
         self._is_closed = False
 
     def send(self, frame: bytes) -> None:
