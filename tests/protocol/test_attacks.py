@@ -1368,6 +1368,18 @@ def test_a_rolled_back_device_does_not_come_back_by_waiting():
     assert [decode(Complaint, unwrap(c)[1].body).senders for c in complaints] == [[2]] * 6
 
 
+def test_a_head_that_is_shown_without_its_share_counts():
+    """Or a coordinator would show the members only headers until the set is sealed."""
+    stage = staged(6)
+    stage.mail = {n: [(header, None) for header, _ in items] for n, items in stage.mail.items()}
+    stage.inspect()
+    later = a_round_later(stage, Anchor(0, bytes(32)), 2)
+    later.mail = {n: [(header, None) for header, _ in items] for n, items in later.mail.items()}
+    assert len(later.inspect()) == 6
+    for n in later.members:
+        later.refuses(n, wrap(Seal, later.seal_of(range(6))), "the ledger of sender 2")
+
+
 def test_ledger_heads_outlive_the_sessions_that_showed_them():
     stage = inspected(staged(6))
     stage.states = {n: member.expire(state, EXPIRES_S) for n, state in stage.states.items()}
