@@ -1,0 +1,329 @@
+"""The store: what it promises over a crash, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from sqlalchemy.exc import IntegrityError
+
+from coordinator.store import (
+    CertificateRow,
+    ContributionRow,
+    EpochRow,
+    ModelRow,
+    RoundRow,
+    Store,
+    StoreError,
+    TaskRow,
+    write_durably,
+)
+from edge_sdk.crypto.hashing import content_hash
+from edge_sdk.errors import ParameterError
+
+KEY, OTHER, TID = b"k" * 32, b"o" * 32, b"t" * 32
+
+
+@pytest.fixture
+def store(tmp_path):
+    opened = Store(tmp_path / "fleet")
+    yield opened
+    opened.close()
+
+
+def task_row(name="digits"):
+    return TaskRow(name, "toml", b"plan", b"b" * 32, "running", 0, 1.0)
+
+
+def epoch_row(number=1):
+    return EpochRow(number, bytes([number]) * 32, b"signed", (KEY, OTHER), 1.0)
+
+
+def round_row(tid=TID, number=0):
+    return RoundRow(tid, "digits", number, 1, b"ticket", 0, "COLLECT", 1.0, None, None, None, None, None, "")
+
+
+@pytest.fixture
+def running(store):
+    """A store with one open round whose only member used one prekey."""
+    with store.transaction() as t:
+        t.add_epoch(epoch_row())
+        t.add_task(task_row())
+        t.add_prekey(KEY, 0, b"offer", 100)
+        t.add_round(round_row(), [(KEY, 0)])
+    return store
+
+
+def test_everything_that_was_committed_is_there_after_reopening(running, tmp_path):
+    with running.transaction() as t:
+        t.add_contributions(TID, [ContributionRow(0, 7, b"d" * 32, b"header")])
+        t.set_complaints(TID, 2, [7, 9])
+        t.set_sealed(TID, b"seal")
+        t.set_signature(TID, 1, b"s1")
+        t.set_certified(TID, b"certificate")
+        t.set_release(TID, 1, b"r1")
+        t.add_model(ModelRow("digits", 0, b"p" * 32, None, None, None, 0.5, 18.0, None, None, {"loss": 0.5}, 2.0))
+    running.close()
+    again = Store(tmp_path / "fleet")
+    with again.reading() as t:
+        (row,) = t.active_rounds()
+        assert (row.tid, row.phase, row.seal, row.certificate) == (TID, "CERTIFIED", b"seal", b"certificate")
+        assert t.contributions(TID) == [ContributionRow(0, 7, b"d" * 32, b"header")]
+        assert t.complaints(TID) == {2: frozenset({7, 9})}
+        assert (t.signatures(TID), t.releases(TID)) == ({1: b"s1"}, {1: b"r1"})
+        assert t.newest_epoch() == epoch_row()
+        assert t.task("digits").next_round == 1
+        assert t.newest_model("digits").metrics == {"loss": 0.5}
+    again.close()
+
+
+def test_a_transaction_that_fails_writes_nothing(store):
+    def fail():
+        with store.transaction() as t:
+            t.add_device(KEY, "device", ["kitchen"], 1.0)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    with store.reading() as t:
+        assert (t.devices(), t.changes()) == ([], 0)
+
+
+def test_a_newer_schema_is_refused_and_left_alone(tmp_path):
+    Store(tmp_path).close()
+    with sqlite3.connect(tmp_path / "coordinator.db") as connection:
+        connection.execute("UPDATE meta SET value = 99 WHERE key = 'schema'")
+    with pytest.raises(StoreError, match=r"schema 99.*newer"):
+        Store(tmp_path)
+
+
+def test_a_directory_that_others_can_read_is_refused(tmp_path):
+    tmp_path.chmod(0o755)
+    with pytest.raises(StoreError, match="chmod 0700"):
+        Store(tmp_path)
+
+
+def test_nothing_in_the_directory_can_be_read_by_others(running):
+    running.serve_alone()
+    running.put_blob(b"model")
+    running.vectors(TID, 4, 16).save_sums(0, b"sums")
+    for root, directories, files in os.walk(running.directory):
+        for name in [*directories, *files]:
+            assert os.stat(os.path.join(root, name)).st_mode & 0o077 == 0, name
+
+
+def test_only_one_process_serves(store):
+    store.serve_alone()
+    second = Store(store.directory)
+    with pytest.raises(StoreError, match="another process"):
+        second.serve_alone()
+    store.close()
+    second.serve_alone()
+    second.close()
+
+
+def test_commands_write_while_another_process_serves(store):
+    store.serve_alone()
+    second = Store(store.directory)
+    with second.transaction() as t:
+        t.add_device(KEY, "device", [], 1.0)
+    with store.reading() as t:
+        assert t.changes() == 1
+        assert [row.key for row in t.devices()] == [KEY]
+    second.close()
+
+
+def test_a_token_is_spent_once_and_by_one_key(store):
+    with store.transaction() as t:
+        t.add_token(b"h" * 32, "device", ["kitchen"], now_s=0, expires_s=10)
+        assert t.spend_token(b"h" * 32, KEY, 5).tags == {"kitchen"}
+        assert t.spend_token(b"h" * 32, KEY, 50).spent_by == KEY  # its answer was lost
+    with pytest.raises(ParameterError, match="another device"), store.transaction() as t:
+        t.spend_token(b"h" * 32, OTHER, 5)
+    with pytest.raises(ParameterError, match="not one of"), store.transaction() as t:
+        t.spend_token(b"x" * 32, OTHER, 5)
+
+
+def test_an_expired_token_is_refused(store):
+    with store.transaction() as t:
+        t.add_token(b"h" * 32, "helper", [], now_s=0, expires_s=10)
+    with pytest.raises(ParameterError, match="expired"), store.transaction() as t:
+        t.spend_token(b"h" * 32, KEY, 10)
+
+
+def test_a_revoked_device_stays_revoked_and_so_do_its_certificates(store):
+    with store.transaction() as t:
+        t.add_device(KEY, "device", [], 1.0)
+        t.add_certificate(CertificateRow("1f", KEY, b"pem", 1.0, 9.0, None))
+        before = t.changes()
+        assert t.revoke(KEY, 2.0)
+        assert not t.revoke(KEY, 3.0)
+        assert t.changes() == before + 1
+        assert [c.revoked_s for c in t.certificates(KEY)] == [2.0]
+        with pytest.raises(ParameterError, match="new identity"):
+            t.add_device(KEY, "device", [], 4.0)
+        with pytest.raises(ParameterError, match="not enrolled"):
+            t.revoke(OTHER, 4.0)
+
+
+def test_enrolling_again_changes_nothing_but_not_as_something_else(store):
+    with store.transaction() as t:
+        t.add_device(KEY, "device", ["a"], 1.0)
+        t.add_device(KEY, "device", ["a"], 2.0)
+        assert (t.changes(), t.device(KEY).enrolled_s) == (1, 1.0)
+        with pytest.raises(ParameterError, match="enrolled already"):
+            t.add_device(KEY, "helper", ["a"], 2.0)
+
+
+def test_a_prekey_serves_one_ticket(running):
+    with pytest.raises(StoreError, match="another ticket"), running.transaction() as t:
+        t.add_round(round_row(b"u" * 32, 1), [(KEY, 0)])
+    with running.reading() as t:
+        assert t.round(b"u" * 32) is None
+        assert t.next_prekey(KEY, 0) is None
+
+
+def test_prekeys_are_used_oldest_first_and_not_past_their_time(store):
+    with store.transaction() as t:
+        for serial, expires in ((3, 50), (1, 10), (2, 90)):
+            t.add_prekey(KEY, serial, bytes([serial]), expires)
+        assert t.next_prekey(KEY, 10) == (1, b"\x01")
+        assert t.next_prekey(KEY, 11) == (2, b"\x02")
+        assert (t.spare_prekeys(KEY, 0), t.spare_prekeys(KEY, 60)) == (3, 1)
+        t.forget_prekeys(50)
+        assert t.prekey(KEY, 1) is None
+        assert t.prekey(KEY, 3) == b"\x03"
+
+
+def test_epochs_only_go_up(store):
+    with store.transaction() as t:
+        t.add_epoch(epoch_row(2))
+        t.add_epoch(epoch_row(2))
+        with pytest.raises(ParameterError, match="not newer"):
+            t.add_epoch(EpochRow(2, b"z" * 32, b"", (), 1.0))
+        with pytest.raises(StoreError, match="no epoch 1"):
+            t.epoch(1)
+
+
+def test_one_round_of_a_number_and_one_contribution_of_a_sender(running):
+    with running.transaction() as t:
+        t.add_prekey(KEY, 1, b"", 100)
+    with pytest.raises(IntegrityError, match="UNIQUE"), running.transaction() as t:
+        t.add_round(round_row(b"u" * 32, 0), [(KEY, 1)])
+    with running.transaction() as t:
+        t.add_contributions(TID, [ContributionRow(0, 7, b"d" * 32, b"h")])
+    with pytest.raises(IntegrityError, match="UNIQUE"), running.transaction() as t:
+        t.add_contributions(TID, [ContributionRow(1, 7, b"e" * 32, b"h")])
+
+
+def test_a_skipped_round_number_is_never_used(running):
+    with running.transaction() as t:
+        assert t.skip_round("digits") == 2
+        with pytest.raises(ParameterError, match="no task"):
+            t.skip_round("other")
+
+
+def test_an_ended_round_keeps_who_sent_what_and_drops_the_rest(running):
+    with running.transaction() as t:
+        t.add_contributions(TID, [ContributionRow(0, 7, b"d" * 32, b"h")])
+        t.set_signature(TID, 1, b"s")
+        t.set_checkpoint(TID, 1, b"c" * 32)
+        t.set_aborted(TID, b"notice", "nobody came", 5.0)
+        assert t.active_rounds() == []
+        assert t.contributions(TID) == [ContributionRow(0, 7, b"d" * 32, None)]
+        assert t.contribution_of(TID, 7) == b"d" * 32
+        assert (t.signatures(TID), t.checkpoint(TID)) == ({}, None)
+        assert t.round(TID).reason == "nobody came"
+
+
+def test_old_optimiser_states_are_forgotten_but_not_one_that_is_still_named(store):
+    with store.transaction() as t:
+        t.add_task(task_row())
+        for number, memory in enumerate([b"a" * 32, b"b" * 32, b"b" * 32]):
+            t.add_model(ModelRow("digits", number, b"p" * 32, memory, None, None, 0.5, 18.0, None, None, {}, 2.0))
+        assert t.forget_memory("digits", 2) == [b"a" * 32]
+        assert [m.memory for m in t.models("digits")] == [None, None, b"b" * 32]
+
+
+def test_a_damaged_or_missing_blob_is_named(store):
+    name = store.put_blob(b"model")
+    assert store.blob(name) == b"model"
+    store.blob_path(name).write_bytes(b"modem")
+    with pytest.raises(StoreError, match="damaged"):
+        store.blob(name)
+    store.drop_blobs([name])
+    with pytest.raises(StoreError, match="missing"):
+        store.blob(name)
+
+
+def test_slots_hold_what_was_written_and_nothing_of_another_size(store):
+    vectors = store.vectors(TID, 3, 8)
+    vectors.write(2, b"22222222")
+    vectors.write(0, memoryview(b"00000000"))
+    vectors.sync()
+    assert (vectors.read(2), vectors.read(0, 2, 3)) == (b"22222222", b"000")
+    for slot, data in ((3, bytes(8)), (-1, bytes(8)), (1, bytes(7))):
+        with pytest.raises(ParameterError, match="slot"):
+            vectors.write(slot, data)
+    with pytest.raises(StoreError, match="ends before"):
+        store.vectors(b"u" * 32, 3, 8).read(0)
+    vectors.close()
+
+
+def test_a_damaged_checkpoint_is_not_used(store):
+    vectors = store.vectors(TID, 3, 8)
+    sums = np.arange(4, dtype="<u4").tobytes()
+    name = vectors.save_sums(2, sums)
+    assert vectors.load_sums(2, name) == sums
+    assert vectors.load_sums(1, name) is None
+    (vectors.directory / "sums-2").write_bytes(sums[:-1])
+    assert vectors.load_sums(2, name) is None
+    vectors.drop_sums(but=1)
+    assert list(vectors.directory.glob("sums-*")) == []
+
+
+def test_sweeping_removes_what_no_row_names(running):
+    running.vectors(TID, 1, 8).close()
+    running.vectors(b"u" * 32, 1, 8).close()
+    (running.blobs / "abc.new").write_bytes(b"half")
+    running.sweep()
+    assert [path.name for path in (running.directory / "rounds").iterdir()] == [TID.hex()]
+    assert list(running.blobs.iterdir()) == []
+
+
+def test_a_writer_killed_at_any_call_leaves_a_whole_file_or_none(tmp_path):
+    """A child writes durably and is killed before its n-th system call of the write."""
+    child = """
+import os, signal, sys
+from pathlib import Path
+from coordinator import store
+left = int(sys.argv[2])
+def counted(call):
+    def run(*a, **k):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*a, **k)
+    return run
+for name in ("open", "write", "fsync", "replace", "close"):
+    setattr(store.os, name, counted(getattr(os, name)))
+store.write_durably(Path(sys.argv[1]), b"new content")
+"""
+    path, ends = tmp_path / "file", set()
+    for point in (0, 1, 2, 4, 5, 20):
+        write_durably(path, b"old")
+        done = subprocess.run([sys.executable, "-c", child, str(path), str(point)], check=False)
+        content = path.read_bytes()
+        assert content in (b"old", b"new content")
+        ends.add((done.returncode, content))
+    assert (0, b"new content") in ends
+    assert (-9, b"old") in ends
+
+
+def test_content_addresses_are_plain_sha256(store):
+    assert store.put_blob(b"abc") == content_hash(b"abc")
