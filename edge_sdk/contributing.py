@@ -1,0 +1,290 @@
+"""A data-holding device's part in one task: from a ticket to a contribution that is stored and charged.
+
+The order is docs/services.md section 5's: the ticket is checked against the policy, the ledger tosses the coin, the
+bundle and the parameters are checked, the device trains, the contribution is stored, the ledger charges it; only then
+may its first byte leave. A power cut before it is stored leaves a drawn coin and nothing that was ever sent; one after
+it sends the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_sdk.bundle import Bundle, Manifest
+from edge_sdk.crypto.hashing import content_hash
+from edge_sdk.crypto.sealing import encapsulate
+from edge_sdk.errors import ParameterError, PeerError, RoundAborted
+from edge_sdk.ledger import Ledger
+from edge_sdk.policy import Policy, mechanism_of, sampling_of
+from edge_sdk.privacy.ledger_entry import Release
+from edge_sdk.privacy.mechanism import METRICS, Mechanism, MetricSums, device_metrics, encode
+from edge_sdk.protocol import contributor
+from edge_sdk.protocol.authority import FleetEpoch
+from edge_sdk.protocol.contributor import Enrolled, Idle, Sent, Training
+from edge_sdk.protocol.messages import Anchor, Header, Signed, Ticket, message_hash
+from edge_sdk.protocol.rounds import Round
+from edge_sdk.store import Store
+from edge_sdk.training.examples import Array, ArrayExamples, Examples
+from edge_sdk.training.sampling import poisson_sample, window_for
+
+if TYPE_CHECKING:
+    from edge_sdk.training.trainer import F32, F64, Metrics, Trainer
+
+Entropy = Callable[[int], bytes]
+"""So many fresh secret bytes: os.urandom."""
+
+Given = Examples | Mapping[str, Array] | tuple[Array, Array] | tuple[list[Array], Array] | Iterable[tuple[Array, Array]]
+Source = Given | Callable[[], Given]
+"""What an integrator registers: `Examples`; arrays by the names of the model's inputs and "y"; (inputs, labels); pairs
+of one example each; or a callable that gives any of these, called anew for each round, so that nothing is held
+between rounds."""
+
+
+def examples_of(source: Source, manifest: Manifest) -> Examples:
+    """The examples, for a model with this manifest.
+
+    Raises ParameterError that names what is missing or not of one length; whatever a callable raises.
+    """
+    given = cast("Given", source() if callable(source) and not hasattr(source, "fetch") else source)
+    if hasattr(given, "fetch"):
+        return cast("Examples", given)
+    if isinstance(given, Mapping):
+        names = [tensor.name for tensor in manifest.inputs]
+        for name in (*names, manifest.label.name):
+            if name not in given:
+                raise ParameterError(f"the examples have no array {name!r}: {', '.join(sorted(given))}")
+        return ArrayExamples([given[name] for name in names], given[manifest.label.name])
+    if isinstance(given, tuple) and len(given) == 2:
+        return ArrayExamples(*given)
+    pairs = [(np.asarray(x), np.asarray(y)) for x, y in cast("Iterable[tuple[Array, Array]]", given)]
+    if not pairs:
+        shape, label = manifest.inputs[0], manifest.label
+        return ArrayExamples(np.empty((0, *shape.shape), shape.dtype), np.empty((0, *label.shape), label.dtype))
+    return ArrayExamples(np.stack([x for x, _ in pairs]), np.stack([y for _, y in pairs]))
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What decides whether a round is entered: the owner's policy, and the account that it bounds."""
+
+    policy: Policy
+    ledger: Ledger
+
+
+def read_bundle(path: Path, task: str, policy: Policy, max_bytes: int) -> Bundle:
+    """The bundle in a file, if one of the publishers that the policy lists for the task signed it.
+
+    The signature is verified before anything in it is parsed. Raises PeerError that names the fault.
+    """
+    faults = []
+    for publisher in map(bytes.fromhex, policy.publishers):
+        try:
+            policy.check_publisher(task, publisher)
+            return Bundle.read(path, publisher, max_bytes=max_bytes)
+        except PeerError as error:
+            faults.append(str(error))
+    raise PeerError("; ".join(faults))
+
+
+def check_fits(round_: Round, bundle: Bundle) -> None:
+    """Return if the ticket asks for what this bundle does, else raise PeerError that names the ticket's field."""
+    ticket, manifest = round_.ticket, bundle.manifest
+    if bundle.hash != ticket.bundle:
+        raise PeerError(f"ticket: bundle {ticket.bundle.hex()[:16]}, but what came is {bundle.hash.hex()[:16]}")
+    if manifest.unit != ticket.noise.unit:
+        raise PeerError(f'ticket: noise.unit is "{ticket.noise.unit}", but the bundle is for unit "{manifest.unit}"')
+    length = dimension_of(manifest, round_)
+    if ticket.dimension != length:
+        raise PeerError(f"ticket: dimension {ticket.dimension}, but the bundle's vector has {length}")
+    if ticket.work.proximal > 0 and not manifest.options.proximal:
+        raise PeerError("ticket: work.proximal is above 0, but the bundle has no proximal term")
+
+
+def dimension_of(manifest: Manifest, round_: Round) -> int:
+    """Integers in this round's vector for a bundle: the shared parameters and the metrics, if the plan has any."""
+    return manifest.dimension + (METRICS if round_.ticket.noise.metric_scale else 0)
+
+
+def read_parameters(content: bytes, expected: bytes, manifest: Manifest) -> F32:
+    """Shared parameters, float32 (d,), from their little-endian bytes, if these are the ones of that hash.
+
+    Raises PeerError on another hash or length.
+    """
+    if content_hash(content) != expected:
+        raise PeerError(f"parameters: not those of hash {expected.hex()[:16]}")
+    if len(content) != 4 * manifest.dimension:
+        raise PeerError(f"parameters: {len(content)} bytes, but the bundle's vector has {4 * manifest.dimension}")
+    return np.frombuffer(content, dtype="<f4").astype(np.float32)
+
+
+class Contributing:
+    """One task on this device. The state that it holds is the one that is stored."""
+
+    def __init__(
+        self,
+        task: str,
+        source: Source,
+        store: Store,
+        entropy: Entropy,
+        *,
+        bundle: bytes | None = None,
+        threads: int = 1,
+    ) -> None:
+        """bundle: hash of the only bundle that is taken for the task; None for any of its publishers'."""
+        self.task = task
+        self._source, self._store, self._entropy = source, store, entropy
+        self._pinned, self._threads = bundle, threads
+        self.state: Idle | Sent = store.contributor(task)
+
+    def enter(
+        self, signed: Signed, epoch: FleetEpoch, rules: Rules, manifest: Manifest | None, now_s: float
+    ) -> Training | None:
+        """Take a ticket: every check that needs no download, and then the coin. None if the coin says no.
+
+        manifest: of the ticket's bundle, if it is here already.
+        Raises PeerError on a ticket that is wrong or that the policy refuses, BudgetExceeded, RoundAborted if it has
+        closed, LedgerDamaged or ParameterError from the ledger. After any of them the round was not entered.
+        """
+        if isinstance(self.state, Sent):
+            raise PeerError(f"ticket: the contribution to round {self.state.round.ticket.round} is still on its way")
+        round_ = Round(epoch, signed)
+        ticket = round_.ticket
+        terms = rules.policy.terms(ticket.task, self._pinned or ticket.bundle)
+        if manifest is not None:
+            terms = replace(terms, dimension=dimension_of(manifest, round_))
+        training = self.state.on_ticket(round_, terms, now_s)
+        rules.policy.check_round(round_)
+        release = Release.of(mechanism_of(round_), sampling_of(round_))
+        operator = epoch.frozen.coordinator
+        coin = self._entropy(32)
+        if rules.ledger.draw(ticket.task, ticket.round, round_.tid, operator, release, coin, int(now_s)):
+            return training
+        self.leave(training)
+        return None
+
+    def contribute(
+        self,
+        training: Training,
+        device: Enrolled,
+        bundle: Bundle,
+        parameters: bytes,
+        ledger: Ledger,
+        now: Callable[[], float],
+        should_stop: Callable[[], bool],
+    ) -> Sent:
+        """Train, encode, mask, store. When this returns the contribution is durable; `charge` comes next.
+
+        bundle: from `read_bundle`.  parameters: the ticket's, as they came.  now: Unix seconds.  should_stop: asked
+        between batches, besides the ticket's own end.
+        Raises PeerError if bundle, parameters and ticket do not fit together or the graph misbehaves; RoundAborted if
+        it was stopped or the round closed; ParameterError on wrong examples. Nothing was sent then.
+        """
+        from edge_sdk.training.onnx import OnnxTrainer  # 40 MB that a device without a round need not hold
+
+        round_ = training.round
+        check_fits(round_, bundle)
+        shared = read_parameters(parameters, round_.ticket.parameters, bundle.manifest)
+        mechanism = mechanism_of(round_)
+        trainer = OnnxTrainer(bundle, self._threads)
+        trainer.load_shared(shared)
+        kept = self._store.local(self.task, bundle.hash)
+        if kept:
+            table = bundle.manifest.of_role("local")
+            trainer.load_local({p.name: kept[p.name].reshape(p.shape) for p in table})
+
+        def stop() -> bool:
+            return now() >= round_.ticket.closes_s or should_stop()
+
+        vector, metrics = self._train(round_.ticket, mechanism, trainer, stop)
+        noisy = metrics if mechanism.metric_scale else None
+        integers = encode(mechanism, vector, noisy, round_.tid, self._entropy(32))
+        anchor = Anchor(*ledger.head)
+        sent = training.contribute(integers, device, anchor, self._entropy(32), encapsulate, now())
+        self._store.save_contribution(sent, {name: value.reshape(-1) for name, value in trainer.local().items()})
+        self.state = sent
+        return sent
+
+    def _train(
+        self, ticket: Ticket, mechanism: Mechanism, trainer: Trainer, stop: Callable[[], bool]
+    ) -> tuple[F64, MetricSums]:
+        """What goes into the vector, float64 (d,), and the metrics beside it."""
+        examples = examples_of(self._source, trainer.manifest)
+        noise, work = ticket.noise, ticket.work
+        if noise.unit == "example":
+            drawn = poisson_sample(len(examples), noise.example_rate, self._entropy(32))
+            found = trainer.clipped_sum(
+                examples,
+                drawn,
+                clip=noise.clip,
+                loss_bound=noise.loss_bound,
+                window=window_for(trainer.manifest.batch, noise.example_rate),
+                local_lr=work.learning_rate,
+                should_stop=stop,
+            )
+            sums = found.metrics
+            unclipped = sums.count - sums.clipped
+            return found.gradient, MetricSums(sums.count, sums.correct, sums.loss, unclipped)
+        vector: NDArray[np.float64] = np.zeros(mechanism.dimension)
+        sums = _nothing()
+        if len(examples):  # without any the device sends noise: going silent would tell
+            update = trainer.train(
+                examples,
+                lr=work.learning_rate,
+                entropy=self._entropy(32),
+                epochs=work.epochs or None,
+                steps=work.steps or None,
+                mu=work.proximal,
+                should_stop=stop,
+            )
+            # Before clipping, so that no weight makes one device count for more than the clip.
+            weight = min(1.0, len(examples) / work.weight_cap) if work.weight_cap else 1.0
+            vector, sums = update.delta.astype(np.float64) * weight, update.metrics
+        return vector, device_metrics(mechanism, vector, sums.count, sums.correct, sums.loss)
+
+    def charge(self, ledger: Ledger, now_s: float) -> Sent:
+        """Charge the stored contribution, once, however often this is called: afterwards it may be sent.
+
+        Raises BudgetExceeded (the budget was spent elsewhere since the draw: drop the contribution), ParameterError
+        without one, OSError from the disk.
+        """
+        if not isinstance(self.state, Sent):
+            raise ParameterError(f"{self.task}: there is no contribution to charge")
+        header = message_hash(Header, self.state.contribution.header.body)
+        ledger.charge(self.state.round.tid, header, int(now_s))
+        return self.state
+
+    def answer(self, data: bytes, now_s: float) -> None:
+        """A receipt or an abort for the contribution that was sent: forget it. Raises PeerError if it is not for it."""
+        if not isinstance(self.state, Sent):
+            raise PeerError(f"{self.task}: no contribution is on its way")
+        round_ = self.state.round
+        after = contributor.step(self.state, data, round_.epoch, contributor.Terms(round_.ticket.bundle), now_s)
+        if isinstance(after, Idle):
+            self._settle(after)
+
+    def leave(self, state: Training | Sent) -> None:
+        """Give the round up, for good: it stays taken."""
+        self._settle(state.give_up())
+
+    def _settle(self, state: Idle) -> None:
+        self._store.save_idle(state)
+        self.state = state
+
+
+def check_open(training: Training, now_s: float) -> None:
+    """Return while the round can still be contributed to, else raise RoundAborted."""
+    ticket = training.round.ticket
+    if now_s >= ticket.closes_s:
+        raise RoundAborted(f"round {ticket.round} of {ticket.task} has closed")
+
+
+def _nothing() -> Metrics:
+    from edge_sdk.training.trainer import Metrics
+
+    return Metrics()

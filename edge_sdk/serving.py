@@ -1,0 +1,90 @@
+"""A committee member's part of a device or a helper: prekeys offered ahead of time, letters answered.
+
+What a letter changes is stored before its reply leaves: a member that forgot what it signed could sign another set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from edge_sdk.crypto.identity import Identity
+from edge_sdk.crypto.sealing import PREKEY_SEED_BYTES, Prekey
+from edge_sdk.errors import ParameterError, PeerError
+from edge_sdk.protocol import member
+from edge_sdk.protocol.authority import FleetEpoch
+from edge_sdk.protocol.member import MemberState
+from edge_sdk.protocol.messages import PrekeyOffer, Signed, sign
+from edge_sdk.store import Store
+
+SPARE_PREKEYS = 24
+"""Offers that are kept out. Each serves one ticket; when they run out there is no round, never a long-term key."""
+
+PREKEY_LIFE_S = 14 * 86_400
+"""What nobody used by then is erased: a card that is found later opens nothing."""
+
+
+class Serving:
+    """The member's side of this device. The state that it holds is the one that is stored."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        fleet: bytes,
+        store: Store,
+        entropy: Callable[[int], bytes],
+        *,
+        spare_prekeys: int = SPARE_PREKEYS,
+        prekey_life_s: int = PREKEY_LIFE_S,
+    ) -> None:
+        """fleet: public key of the fleet authority."""
+        if not 1 <= spare_prekeys <= 64:
+            raise ParameterError(f"spare_prekeys is {spare_prekeys}: 1 to 64")
+        self._identity, self._fleet, self._store, self._entropy = identity, fleet, store, entropy
+        self._spare, self._life_s = spare_prekeys, prekey_life_s
+        self.state: MemberState = store.member()
+
+    def serves(self, epoch: FleetEpoch | None) -> bool:
+        """Whether this device is in the epoch's committee."""
+        return epoch is not None and any(entry.key == self._identity.public_key for entry in epoch.members)
+
+    def handle(self, data: bytes, epoch: FleetEpoch | None, now_s: float) -> bytes | None:
+        """One letter of the coordinator, and the reply to it. Raises PeerError; then nothing has changed."""
+        if epoch is None:
+            raise PeerError("letter: this device knows no epoch yet")
+        after, reply = member.step(self.state, data, epoch, self._identity, now_s)
+        self._keep(after)
+        return reply
+
+    def offers(self, now_s: float) -> list[Signed]:
+        """Every offer that is out and unused, topped up to the full number first. The same ones each time.
+
+        Those in the last third of their life are kept but do not count: a ticket would soon outlive them.
+        """
+        state = self.state
+        fresh_until = now_s + self._life_s / 3
+        good = sum(state.expiry[serial] > fresh_until for serial in state.prekeys if serial not in state.bound)
+        for _ in range(self._spare - good):
+            seed = self._entropy(PREKEY_SEED_BYTES)
+            state, _ = member.offer_prekey(state, self._identity, self._fleet, seed, int(now_s) + self._life_s)
+        self._keep(state)
+        unused = sorted(serial for serial in state.prekeys if serial not in state.bound)
+        return [self._offer(serial) for serial in unused if state.expiry[serial] > now_s]
+
+    def _offer(self, serial: int) -> Signed:
+        public = Prekey(self.state.prekeys[serial]).public
+        owner, expires_s = self._identity.public_key, self.state.expiry[serial]
+        return sign(self._identity, PrekeyOffer(self._fleet, owner, serial, public.x25519, public.mlkem, expires_s))
+
+    def expire(self, now_s: float) -> None:
+        """Forget what has expired, and erase its secrets."""
+        self._keep(member.expire(self.state, now_s))
+
+    @property
+    def next_expiry_s(self) -> float:
+        """When `expire` next has something to do, Unix seconds; infinity if never."""
+        tickets = [session.round.ticket.expires_s for session in self.state.sessions.values()]
+        return min([*tickets, *self.state.expiry.values()], default=float("inf"))
+
+    def _keep(self, after: MemberState) -> None:
+        self._store.save_member(self.state, after)
+        self.state = after
