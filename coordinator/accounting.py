@@ -1,8 +1,9 @@
 """What the rounds of a task cost in privacy, by Google's dp-accounting: both figures, from what was released.
 
-`planned` is for a plan fixed in advance and uses privacy loss distributions (PLD), the tighter way. `Record` takes down
-what happened, round by round, and sums it by Renyi differential privacy (RDP), whatever the rounds were. Where rounds
-were chosen in the light of earlier ones its figure says what was spent; what bounds it is the devices' filters.
+`planned` and `composed` are for plans fixed in advance and use privacy loss distributions (PLD), the tighter way.
+`Record` takes down what happened, round by round, and sums it by Renyi differential privacy (RDP), whatever the rounds
+were, or by PLD if they follow a plan. Where rounds were chosen in the light of earlier ones the figure by RDP says what
+was spent; what bounds it is the devices' filters.
 Formulas and their reasons: docs/privacy.md section 4. Importing this costs 75 MB: load it when a figure is asked for.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import ClassVar, Literal
@@ -31,7 +32,16 @@ from edge_sdk.privacy.rdp import (
 )
 
 Method = Literal["pld", "rdp"]
-Events = Counter[tuple[Mechanism, Sampling]]
+Step = tuple[Mechanism, Sampling]
+"""What one round of a plan lets out."""
+Events = Counter[Step]
+
+SAME = 1e-9
+"""Noise multipliers that differ by less are one: adaptive clipping leaves them rounding errors apart. Figures by PLD
+take so much off each."""
+
+MOST_HISTORIES = 16
+"""Devices' histories that are worked out one by one by PLD; all cheaper ones are bounded together."""
 
 SMOOTHING = 1.5
 """Standard deviation, steps, of the part of the noise that the PLD bound gives away (section 4.4)."""
@@ -146,46 +156,71 @@ class Record:
             delta,
         )
 
-    def figures_of_plan(self, delta: float) -> Figures:
-        """Both figures by PLD, with planned noise and what happened of the plan.
+    def figures_of_plan(self, delta: float, plan: Sequence[Step] | None = None) -> Figures:
+        """Both figures by PLD, which is sound where every round's cost was fixed before the first one's result.
 
-        Raises ParameterError if rounds differ in mechanism or sampling: then they were not one plan, and only `figures`
-        holds.
+        plan: what was announced before the first round, for each model to be published. None: every round costs the
+        same. Clips may differ, adapted in the light of results, if granularity and metrics were scaled with them
+        (`Mechanism.scaled`): what counts is the cost of a round (section 4.4). Against readers the planned noise
+        counts, against the coordinator the noise that groups carried. Both hold for what happened of the plan, if who
+        sent and how many rounds there were did not depend on results. For training that stopped early because of its
+        results the whole plan's figure holds: `composed`.
+        Raises ParameterError if a round has less noise than its step of the plan, other coins or another unit; if, with
+        no plan, rounds differ in cost; if the published noise was kept steady in some rounds and not in others. Then
+        the costs may have been chosen in the light of results, and only `figures`, by RDP, is given.
         """
         if not self.rounds:
             raise ParameterError("no round happened")
-        first = self.rounds[0]
-        if any((r.mechanism, r.readers_sampling) != (first.mechanism, first.readers_sampling) for r in self.rounds):
-            raise ParameterError("the rounds were not one plan fixed in advance: ask for the figures by RDP")
-        sends = Counter(sender for r in self.rounds for sender in _senders(r))
-        published = sum(r.published for r in self.rounds)
-        return planned(first.mechanism, first.readers_sampling, published, max(sends.values(), default=0), delta)
+        if len({entry.readers_sampling == entry.sampling for entry in self.rounds}) > 1:
+            raise ParameterError("the noise was kept at one level in some rounds only: ask for the figures by RDP")
+        planned_rounds = [replace(entry, mechanism=step[0]) for entry, step in self._steps(plan)]
+        published = Counter((entry.mechanism, entry.readers_sampling) for entry in planned_rounds if entry.published)
+        readers = _pld_epsilon(_readers_events(published), delta)
+        coordinator = _largest(_histories(planned_rounds), delta)
+        return Figures(ReadersGuarantee(readers, delta, "pld"), CoordinatorGuarantee(coordinator, delta, "pld"))
+
+    def _steps(self, plan: Sequence[Step] | None) -> Iterable[tuple[RoundRecord, Step]]:
+        """Each round with the plan's step that it attempted: an aborted round's step is attempted again."""
+        position = 0
+        if plan is None:
+            least = min((entry.mechanism for entry in self.rounds), key=lambda m: m.noise_multiplier)
+            plan = [(least, self.rounds[0].sampling)] * len(self.rounds)
+            if any(not _no_dearer(least, entry.mechanism) for entry in self.rounds):
+                raise ParameterError("the rounds were not one plan fixed in advance: ask for the figures by RDP")
+        for entry in self.rounds:
+            if position == len(plan):
+                raise ParameterError(f"there were more rounds than the plan's {len(plan)}: ask for the figures by RDP")
+            mechanism, sampling = plan[position]
+            if entry.sampling != sampling or not _no_dearer(entry.mechanism, mechanism):
+                raise ParameterError(
+                    f"the rounds were not the plan fixed in advance: step {position} had other coins or less noise; "
+                    f"ask for the figures by RDP"
+                )
+            yield entry, (mechanism, sampling)
+            position += entry.published
 
     def _most_charged(self, delta: float) -> Events:
         """The sends of the device with the largest epsilon against the coordinator."""
-        sent: dict[int, Events] = {}
-        for entry in self.rounds:
-            for group in entry.included:
-                for sender in group:
-                    sent.setdefault(sender, Counter())[entry.realised(len(group)), entry.sampling] += 1
-            for sender in entry.left_out:
-                sent.setdefault(sender, Counter())[entry.mechanism, entry.sampling] += 1
-        histories = {frozenset(counter.items()): counter for counter in sent.values()}
         return max(
-            histories.values(), key=lambda history: _coordinator_curve(history).epsilon(delta), default=Counter()
+            _histories(self.rounds), key=lambda history: _coordinator_curve(history).epsilon(delta), default=Counter()
         )
 
 
 def planned(mechanism: Mechanism, sampling: Sampling, rounds: int, sends: int, delta: float) -> Figures:
-    """Both figures by PLD of a plan fixed in advance.
+    """Both figures by PLD of a plan of equal rounds. rounds: published ones.  sends: the most of one device."""
+    return composed(Counter({(mechanism, sampling): rounds}), Counter({(mechanism, sampling): sends}), delta)
 
-    rounds: published ones.  sends: the most in which one device sends. With unit "device" and a device rate below 1
-    it holds if the coordinator keeps the published noise steady (`RoundRecord.steady_noise`).
+
+def composed(published: Events, sends: Events, delta: float) -> Figures:
+    """Both figures by PLD of a plan whose rounds may differ, all of them fixed in advance.
+
+    published: how many rounds of each kind readers see.  sends: in how many of each kind one device sends, at most.
+    With unit "device" and a device rate below 1 it holds if the coordinator keeps the published noise steady
+    (`RoundRecord.steady_noise`).
+    Raises ParameterError on a negative number.
     """
-    known, secret = (1.0, sampling.device) if mechanism.unit == "device" else (sampling.device, sampling.example)
-    readers = _pld_epsilon(mechanism, secret, known, rounds, delta)
-    secret = 1.0 if mechanism.unit == "device" else sampling.example
-    coordinator = _pld_epsilon(mechanism, secret, 1.0, sends, delta)
+    readers = _pld_epsilon(_readers_events(published), delta)
+    coordinator = _pld_epsilon(_coordinator_events(sends), delta)
     return Figures(ReadersGuarantee(readers, delta, "pld"), CoordinatorGuarantee(coordinator, delta, "pld"))
 
 
@@ -194,10 +229,47 @@ def planned_rdp(mechanism: Mechanism, sampling: Sampling, rounds: int, sends: in
     return _rdp_figures(Counter({(mechanism, sampling): rounds}), Counter({(mechanism, sampling): sends}), delta)
 
 
-def _senders(entry: RoundRecord) -> Iterable[int]:
-    yield from entry.left_out
-    for group in entry.included:
-        yield from group
+def _no_dearer(mechanism: Mechanism, planned: Mechanism) -> bool:
+    """Whether a round of `mechanism` costs no more than one of `planned`, up to SAME, which figures by PLD take off."""
+    return (
+        mechanism.unit == planned.unit
+        and mechanism.noise_multiplier >= planned.noise_multiplier * (1 - SAME)
+        and mechanism.length <= planned.length
+        and mechanism.sum_correction() <= planned.sum_correction()
+    )
+
+
+def _histories(rounds: Iterable[RoundRecord]) -> list[Events]:
+    """What devices sent, each set of sends once."""
+    sent: dict[int, Events] = {}
+    for entry in rounds:
+        for group in entry.included:
+            realised = entry.realised(len(group))
+            for sender in group:
+                sent.setdefault(sender, Counter())[realised, entry.sampling] += 1
+        for sender in entry.left_out:
+            sent.setdefault(sender, Counter())[entry.mechanism, entry.sampling] += 1
+    return list({frozenset(counter.items()): counter for counter in sent.values()}.values())
+
+
+def _largest(histories: list[Events], delta: float) -> float:
+    """The largest epsilon of these by PLD, or a bound on it. 0 for none.
+
+    In order of their epsilons by RDP, which bound what is left: where that is below the largest by PLD so far, it is
+    found. Of many that differ little the cheaper ones are bounded by the most that any of them has of each kind.
+    """
+    bound = {id(history): _coordinator_curve(history).epsilon(delta) for history in histories}
+    ranked = sorted(histories, key=lambda history: bound[id(history)], reverse=True)
+    largest = 0.0
+    for history in ranked[:MOST_HISTORIES]:
+        if bound[id(history)] <= largest:
+            return largest
+        largest = max(largest, _pld_epsilon(_coordinator_events(history), delta))
+    rest: Events = Counter()
+    for history in ranked[MOST_HISTORIES:]:
+        if bound[id(history)] > largest:
+            rest |= history
+    return max(largest, _pld_epsilon(_coordinator_events(rest), delta))
 
 
 def _coordinator_curve(history: Events) -> AgainstCoordinator:
@@ -210,19 +282,30 @@ def _coordinator_curve(history: Events) -> AgainstCoordinator:
 
 def _rdp_figures(published: Events, sends: Events, delta: float) -> Figures:
     """published: rounds that readers saw.  sends: one device's."""
-    if all(m.unit == "device" or s.device == 1.0 for m, s in published):
-        rates = [(m, s.device if m.unit == "device" else s.example, n) for (m, s), n in published.items()]
-        readers = _rdp_epsilon(rates, delta)
+    if all(known == 1.0 for _, _, known, _ in _readers_events(published)):
+        readers = _rdp_epsilon([(m, secret, n) for m, secret, _, n in _readers_events(published)], delta)
     else:  # dp-accounting's RDP has no coin that the observer knows: our own curves have
         total = AgainstReaders()
         for (mechanism, sampling), count in published.items():
             noise, beta = noise_of(mechanism)
             total += against_readers(noise, mechanism.unit, mechanism.unit, sampling, beta) * count
         readers = total.epsilon(delta)
-    rates = [(m, 1.0 if m.unit == "device" else s.example, n) for (m, s), n in sends.items()]
-    return Figures(
-        ReadersGuarantee(readers, delta, "rdp"), CoordinatorGuarantee(_rdp_epsilon(rates, delta), delta, "rdp")
-    )
+    coordinator = _rdp_epsilon([(m, secret, n) for m, secret, _, n in _coordinator_events(sends)], delta)
+    return Figures(ReadersGuarantee(readers, delta, "rdp"), CoordinatorGuarantee(coordinator, delta, "rdp"))
+
+
+_Event = tuple[Mechanism, float, float, int]
+"""(mechanism, rate of the coin that the observer does not know, of the coin that it may know, how often)."""
+
+
+def _readers_events(published: Events) -> list[_Event]:
+    return [
+        (m, s.device, 1.0, n) if m.unit == "device" else (m, s.example, s.device, n) for (m, s), n in published.items()
+    ]
+
+
+def _coordinator_events(sends: Events) -> list[_Event]:
+    return [(m, 1.0 if m.unit == "device" else s.example, 1.0, n) for (m, s), n in sends.items()]
 
 
 def _rdp_epsilon(events: list[tuple[Mechanism, float, int]], delta: float) -> float:
@@ -241,27 +324,44 @@ def _rdp_epsilon(events: list[tuple[Mechanism, float, int]], delta: float) -> fl
     return math.inf if rounding >= delta else float(accountant.get_epsilon(delta - rounding)) + slack
 
 
-def _pld_epsilon(mechanism: Mechanism, secret_rate: float, known_rate: float, rounds: int, delta: float) -> float:
-    """epsilon of `rounds` equal rounds; 0 for none.
+def _pld_epsilon(events: list[_Event], delta: float) -> float:
+    """epsilon of rounds whose costs were fixed in advance; 0 for none.
 
-    The mechanism is, up to exp(+-t) a coordinate, a randomised rounding of the continuous one whose variance is less by
-    SMOOTHING^2: what is proved of that one's privacy loss distribution holds for it (section 4.4).
+    Each mechanism is, up to exp(+-t) a coordinate, a randomised rounding of the continuous one whose variance is less
+    by SMOOTHING^2: what is proved of that one's privacy loss distribution holds for it (section 4.4).
     """
-    if rounds < 0:
-        raise ParameterError(f"no number of rounds is {rounds}")
-    if rounds == 0:
+    if any(count < 0 for *_, count in events):
+        raise ParameterError(f"no number of rounds is {min(count for *_, count in events)}")
+    rounding, slack = 0.0, 0.0
+    counts: Counter[tuple[float, float, float]] = Counter()
+    for mechanism, secret, known, count in events:
+        noise, beta = noise_of(mechanism)
+        rounding += count * beta
+        slack += count * noise.dimension * (noise.correction + 5 * math.exp(-2 * math.pi**2 * SMOOTHING**2))
+        continuous = math.sqrt(mechanism.sigma**2 - SMOOTHING**2) / mechanism.sensitivity_steps * (1 - SAME)
+        counts[secret, known, continuous] += count
+    total = None
+    for (secret, known, continuous), count in _merged(counts).items():
+        rounds = _round_pld(continuous, secret, known).self_compose(count)
+        total = rounds if total is None else total.compose(rounds)
+    left = (delta - rounding) * math.exp(-slack)
+    if total is None:
         return 0.0
-    noise, beta = noise_of(mechanism)
-    per_round = noise.dimension * (noise.correction + 5 * math.exp(-2 * math.pi**2 * SMOOTHING**2))
-    left = (delta - rounds * beta) * math.exp(-rounds * per_round)
-    if left <= 0:
-        return math.inf
-    continuous = math.sqrt(mechanism.sigma**2 - SMOOTHING**2) / mechanism.sensitivity_steps
-    total = _round_pld(continuous, secret_rate, known_rate).self_compose(rounds)
-    return float(total.get_epsilon_for_delta(left)) + 2 * rounds * per_round
+    return float(total.get_epsilon_for_delta(left)) + 2 * slack if left > 0 else math.inf
 
 
-@lru_cache(maxsize=8)
+def _merged(counts: Counter[tuple[float, float, float]]) -> Counter[tuple[float, float, float]]:
+    """(secret rate, known rate, multiplier) -> rounds, multipliers within SAME taken as the smallest of them."""
+    result: Counter[tuple[float, float, float]] = Counter()
+    last = (0.0, 0.0, 0.0)
+    for kind in sorted(kind for kind, count in counts.items() if count):
+        if kind[:2] != last[:2] or kind[2] > last[2] * (1 + SAME):
+            last = kind
+        result[last] += counts[kind]
+    return result
+
+
+@lru_cache(maxsize=64)
 def _round_pld(multiplier: float, secret_rate: float, known_rate: float) -> pld.PrivacyLossDistribution:
     """One round of the continuous mechanism; with probability 1 - known_rate, as everyone sees, nothing happens."""
     one = pld.from_gaussian_mechanism(multiplier, sampling_prob=secret_rate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -10,13 +11,15 @@ import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
 from dp_accounting.rdp import RdpAccountant
-from scipy.stats import binom
+from scipy.stats import binom, norm
 
+from coordinator import accounting
 from coordinator.accounting import (
     CoordinatorGuarantee,
     ReadersGuarantee,
     Record,
     RoundRecord,
+    composed,
     planned,
     planned_rdp,
 )
@@ -145,6 +148,67 @@ def test_roundings_that_use_up_delta_leave_no_figure():
     assert planned_rdp(mechanism(), Sampling(), 200, 200, 1e-10).readers.epsilon == math.inf
 
 
+# Rounds that differ, all fixed in advance
+
+
+def gaussian_delta(distance, epsilon):
+    """delta(epsilon) of two unit Gaussians so far apart: Balle and Wang 2018, arXiv:1805.06530, Theorem 5."""
+    half, ratio = distance / 2, epsilon / distance
+    return norm.cdf(half - ratio) - math.exp(epsilon) * norm.cdf(-half - ratio)
+
+
+def test_rounds_of_different_noise_compose_to_the_gaussian_whose_distance_is_theirs_together():
+    counts = {2.0: 3, 5.0: 10, 12.0: 40}
+    events = Counter({(mechanism("device", z), Sampling()): n for z, n in counts.items()})
+    epsilon = composed(Counter(), events, DELTA).coordinator.epsilon
+    distance = math.sqrt(sum(n / z**2 for z, n in counts.items()))
+    assert gaussian_delta(distance, epsilon) <= DELTA
+    assert gaussian_delta(distance, epsilon * 0.999) > DELTA
+
+
+@pytest.mark.parametrize("rates", [(0.3, 0.6), (0.05, 1.0)])
+def test_sampled_rounds_of_different_noise_have_the_epsilon_of_their_product_summed_by_brute_force(rates):
+    """Two rounds, their outputs on a grid of two dimensions, the larger of both directions."""
+    multipliers = (1.3, 2.2)
+    without, present = [], []
+    for z, rate in zip(multipliers, rates, strict=True):
+        x = np.linspace(-8 * z, 8 * z + 1, 1600)
+        weight = x[1] - x[0]
+        without.append(norm.pdf(x, 0, z) * weight)
+        present.append((1 - rate) * without[-1] + rate * norm.pdf(x, 1, z) * weight)
+    p, q = np.outer(*present), np.outer(*without)
+    events = Counter(
+        {(mechanism(multiplier=z), Sampling(example=rate)): 1 for z, rate in zip(multipliers, rates, strict=True)}
+    )
+    epsilon = composed(events, events, 1e-3).readers.epsilon
+
+    def exact_delta(epsilon):
+        grown = math.exp(epsilon)
+        return max(np.maximum(p - grown * q, 0).sum(), np.maximum(q - grown * p, 0).sum())
+
+    assert exact_delta(epsilon) <= 1e-3 * (1 + 1e-5)  # the grid's own error
+    assert exact_delta(epsilon * 0.995) > 1e-3
+
+
+def test_equal_rounds_listed_apart_cost_what_they_cost_together():
+    m, sampling = mechanism(), Sampling(example=0.3)
+    apart = Counter({(m.scaled(0.5 * 1.07**k), sampling): 1 for k in range(40)})
+    assert len({step[0].noise_multiplier for step in apart}) > 1  # rounding errors
+    together = planned(m, sampling, 40, 40, DELTA)
+    assert composed(apart, apart, DELTA).readers.epsilon == pytest.approx(together.readers.epsilon, rel=1e-6)
+    # and by composing instead of counting
+    halves = Counter({(m, sampling): 20, (mechanism(multiplier=3.0 * (1 + 1e-7)), sampling): 20})
+    assert composed(halves, halves, DELTA).readers.epsilon == pytest.approx(together.readers.epsilon, rel=1e-3)
+
+
+def test_betas_and_corrections_of_rounds_that_differ_add_up():
+    coarse = Mechanism(unit="example", dimension=1000, clip=0.5, granularity=0.01, sigma=90.0, honest=500,
+                       modulus_bits=22)  # fmt: skip
+    events = Counter({(coarse, Sampling(example=0.3)): 100, (mechanism(), Sampling(example=0.3)): 100})
+    assert math.isfinite(composed(events, events, 2.1e-10).readers.epsilon)
+    assert composed(events, events, 1.9e-10).readers.epsilon == math.inf
+
+
 def test_figures_say_against_whom_and_by_which_method():
     text = str(planned(mechanism(), Sampling(example=0.3), 40, 40, DELTA))
     assert text == (
@@ -253,6 +317,96 @@ def test_rounds_that_were_not_one_plan_have_no_figure_by_pld():
     assert changed.figures(DELTA).coordinator.epsilon > 0
     with pytest.raises(ParameterError, match="no round"):
         Record().figures_of_plan(DELTA)
+
+
+def test_a_published_plan_of_rounds_that_differ_has_figures_by_pld():
+    steps = [(mechanism("device", z), Sampling(device=0.3)) for z in (4.0, 4.0, 3.0, 2.0)]
+    rounds = [round_record([range(12)], m=m, published=True) for m, _ in steps]
+    done = record(*rounds).figures_of_plan(DELTA, steps)
+    assert done == composed(Counter(steps), Counter(steps), DELTA)
+    assert done.readers.epsilon < record(*rounds).figures(DELTA).readers.epsilon
+    assert done.coordinator.epsilon < record(*rounds).figures(DELTA).coordinator.epsilon
+    # what happened of it: two rounds
+    assert record(*rounds[:2]).figures_of_plan(DELTA, steps) == composed(Counter(steps[:2]), Counter(steps[:2]), DELTA)
+
+
+def test_an_aborted_rounds_step_is_attempted_again_and_its_senders_pay_twice():
+    steps = [(mechanism("device", z), Sampling(device=0.3)) for z in (4.0, 2.0)]
+    rounds = [
+        round_record(left_out=range(12), m=steps[0][0]),
+        round_record([range(12)], m=steps[0][0], published=True),
+        round_record([range(12)], m=steps[1][0], published=True),
+    ]
+    figures = record(*rounds).figures_of_plan(DELTA, steps)
+    assert figures == composed(Counter(steps), Counter([steps[0], *steps]), DELTA)
+
+
+def test_a_plan_whose_clip_was_adapted_costs_what_the_plan_costs():
+    m, sampling = mechanism("device"), Sampling(device=0.3)
+    rounds = [round_record([range(12)], m=m.scaled(0.5 * 0.93**k), published=True) for k in range(40)]
+    expected = planned(m, sampling, 40, 40, DELTA)
+    for plan in (None, [(m, sampling)] * 40):
+        figures = record(*rounds).figures_of_plan(DELTA, plan)
+        assert figures.readers.epsilon == pytest.approx(expected.readers.epsilon, rel=1e-6)
+        assert figures.coordinator.epsilon == pytest.approx(expected.coordinator.epsilon, rel=1e-6)
+
+
+def test_more_noise_than_planned_is_charged_as_planned():
+    steps = [(mechanism("device"), Sampling(device=0.3))] * 3
+    louder = [round_record([range(12)], m=mechanism("device", multiplier=9.0), published=True) for _ in range(3)]
+    assert record(*louder).figures_of_plan(DELTA, steps) == composed(Counter(steps), Counter(steps), DELTA)
+
+
+def test_a_realised_cohorts_noise_counts_against_the_coordinator_only():
+    steps = [(mechanism("device"), Sampling(device=0.3))] * 2
+    larger = record(*[round_record([range(n)], published=True) for n in (42, 22)]).figures_of_plan(DELTA)
+    assert larger.readers == planned(*steps[0], 2, 0, DELTA).readers
+    distance = math.sqrt(10 / 40 / 9 + 10 / 20 / 9)
+    assert gaussian_delta(distance, larger.coordinator.epsilon) == pytest.approx(DELTA, rel=0.01)
+
+
+FINE, SPLIT = mechanism("device"), mechanism("device", honest=300, granularity=0.5)
+
+
+@pytest.mark.parametrize(
+    ("step", "changes"),
+    [
+        (FINE, {"m": mechanism("device", multiplier=2.99)}),
+        (FINE, {"sampling": Sampling(device=0.2)}),
+        (FINE, {"m": replace(mechanism("device", multiplier=3.1), dimension=1001)}),
+        # the same noise in more and smaller shares, which are a little further from one discrete Gaussian
+        (SPLIT, {"m": mechanism("device", honest=310, granularity=0.5)}),
+    ],
+)
+def test_a_round_that_is_not_its_step_of_the_plan_leaves_only_figures_by_rdp(step, changes):
+    rounds = record(round_record([range(400)], m=step, published=True), round_record([range(400)], m=step))
+    assert rounds.figures_of_plan(DELTA, [(step, Sampling(device=0.3))] * 2).readers.epsilon > 0
+    rounds = record(rounds.rounds[0], round_record([range(400)], **({"m": step} | changes)))
+    with pytest.raises(ParameterError, match=r"step 1 .* by RDP"):
+        rounds.figures_of_plan(DELTA, [(step, Sampling(device=0.3))] * 2)
+    assert rounds.figures(DELTA).coordinator.epsilon > 0
+
+
+def test_more_rounds_than_planned_and_noise_steady_in_some_only_leave_only_figures_by_rdp():
+    step = (mechanism("device"), Sampling(device=0.3))
+    rounds = [round_record([range(12)], published=True) for _ in range(3)]
+    with pytest.raises(ParameterError, match="more rounds than the plan's 2"):
+        record(*rounds).figures_of_plan(DELTA, [step] * 2)
+    with pytest.raises(ParameterError, match="in some rounds only"):
+        record(*rounds, round_record([range(12)], published=True, steady_noise=False)).figures_of_plan(DELTA)
+
+
+@pytest.mark.parametrize("most", [1, 16])
+def test_the_device_that_pays_most_by_pld_is_found_or_bounded_however_many_histories_are_compared(monkeypatch, most):
+    """Ten devices that sent in rounds of three kinds, some more often in cheap ones, some in dear ones."""
+    steps = [(mechanism("device", z), Sampling(device=0.3)) for z in (12.0, 8.0, 6.0)]
+    histories = [Counter(dict(zip(steps, (i % 7, i % 4, (3 * i) % 5), strict=True))) for i in range(1, 11)]
+    exact = max(accounting._pld_epsilon(accounting._coordinator_events(h), DELTA) for h in histories)
+    monkeypatch.setattr(accounting, "MOST_HISTORIES", most)
+    found = accounting._largest(histories, DELTA)
+    assert found >= exact
+    assert found <= exact * (1.0 if most == 16 else 1.3)
+    assert accounting._largest([], DELTA) == 0.0
 
 
 def test_records_that_cannot_have_happened_are_refused():
