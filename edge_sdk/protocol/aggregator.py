@@ -151,7 +151,8 @@ def accept(
     """Check a contribution whole and take it. The same one again gives the same receipt.
 
     anchors: of the headers taken in earlier rounds. Members refuse a set with a device whose ledger was rolled back; a
-    coordinator that refuses the device first loses no round to it, and tells it at once.
+    coordinator that refuses the device first loses no round to it, and tells it at once. On LedgerForked, a PeerError,
+    the caller keeps `anchors.shown` with this header too: the members never see it, and the device stays out.
     Raises PeerError that names what is wrong with it, RoundAborted if it comes late or over n_max.
     """
     round_ = state.round

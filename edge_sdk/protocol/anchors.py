@@ -15,6 +15,10 @@ from edge_sdk.errors import PeerError
 from edge_sdk.protocol.messages import Anchor, Header
 
 
+class LedgerForked(PeerError):
+    """A header, signed by its device, shows a ledger that was rolled back or runs twice. Keep it: `Anchors.shown`."""
+
+
 class Anchored(NamedTuple):
     """The head that a device signed in a round."""
 
@@ -32,16 +36,18 @@ class Anchors:
     """Keys of devices whose heads contradicted each other. For good: a ledger that forgot does not remember later."""
 
     def check(self, task: str, round_number: int, header: Header) -> None:
-        """Return if a header of this round fits what its sender showed before, else raise PeerError.
+        """Return if a header of this round fits what its sender showed before, else raise LedgerForked.
 
         The header's signature was checked: only its device can contradict itself.
         """
         subject = f"header of sender {header.sender}"
         if header.key in self.forked:
-            raise PeerError(f"{subject}: its ledger was rolled back or its device cloned, as an earlier header showed")
+            raise LedgerForked(
+                f"{subject}: its ledger was rolled back or its device cloned, as an earlier header showed"
+            )
         contradiction = _contradiction(self.newest.get(header.key, {}), task, round_number, header.ledger)
         if contradiction is not None:
-            raise PeerError(f"{subject}: {contradiction}: it was rolled back or its device cloned")
+            raise LedgerForked(f"{subject}: {contradiction}: it was rolled back or its device cloned")
 
     def shown(self, task: str, round_number: int, headers: Iterable[Header]) -> Anchors:
         """With these headers of a round seen, whose signatures were checked.

@@ -43,7 +43,7 @@ from edge_sdk.crypto.stream import KeyStream
 from edge_sdk.errors import ParameterError, PeerError, RoundAborted
 from edge_sdk.protocol import aggregator, authority, contributor, member, reference
 from edge_sdk.protocol.aggregator import Aborted
-from edge_sdk.protocol.anchors import Anchors
+from edge_sdk.protocol.anchors import Anchors, LedgerForked
 from edge_sdk.protocol.contributor import Contribution, Idle, Terms, Training
 from edge_sdk.protocol.messages import (
     Abort,
@@ -1433,8 +1433,13 @@ def test_an_honest_coordinator_refuses_a_rolled_back_device_before_members_have_
     coordinator = stage.fleet.coordinator
     for head in (head_of(stage, 2), Anchor(0, bytes(32))):
         rolled_back = send(later.fleet, later.round, 2, ledger=head).contribution
-        with pytest.raises(PeerError, match=r"header of sender 2: .* rolled back or its device cloned"):
+        with pytest.raises(LedgerForked, match=r"header of sender 2: .* rolled back or its device cloned"):
             aggregator.accept(later.collecting, rolled_back, coordinator, 2, anchors)
+    # The members never see what was refused, so the coordinator keeps it: a longer ledger does not let the device in.
+    known = anchors.shown("reference", 1, [header_of(rolled_back)])
+    grown = send(later.fleet, later.round, 2, ledger=Anchor(1_000, seed("grown"))).contribution
+    with pytest.raises(LedgerForked, match="as an earlier header showed"):
+        aggregator.accept(later.collecting, grown, coordinator, 2, known)
     honest = send(later.fleet, later.round, 2).contribution
     accepted = aggregator.accept(later.collecting, honest, coordinator, 2, anchors)
     again = aggregator.accept(

@@ -93,7 +93,8 @@ def refusal(call: Callable[[], object], reason: str) -> Json:
     except SordinoError as error:
         if reason not in str(error):
             raise AssertionError(f"refused for another reason: {error}") from error
-        return {"success": False, "error": type(error).__name__, "reason": reason}
+        named = next(kind for kind in type(error).__mro__ if kind.__module__ == SordinoError.__module__)
+        return {"success": False, "error": named.__name__, "reason": reason}
     raise AssertionError(f"not refused: {reason}")
 
 
