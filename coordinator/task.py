@@ -1,0 +1,445 @@
+"""A task: one TOML file that says what is trained, by whom, how privately, and when. Checked before it counts.
+
+A task file in full. What is commented out has the default that is said, or is for the other unit:
+
+    name = "digits"               # in every ticket: small letters, digits, dots, dashes; never used for another task
+    bundle = "digits.bundle"      # what `edge-export build` made; a path from this file's directory
+    publisher = "0000000000000000000000000000000000000000000000000000000000000000"   # who signed it; devices pin it too
+    unit = "example"              # whose data is hidden: one "example", or all of a "device"'s; as in the bundle
+    rounds = 40                   # models to publish; then the task is done
+    # participants = ["kitchen"]  # tags: devices that bear one of them take part; without it all devices do
+
+    [privacy]
+    clip = 0.5                    # L2 bound of what one unit adds, weight units
+    delta = 1e-4                  # at which figures are given
+    noise_multiplier = 3.0        # noise over all that one unit adds; or, in its place, a [privacy.target]
+    metric_scale = 0.02           # weight of metrics in the vector; 0 if not given: no metrics, no accuracy to watch
+    loss_bound = 2.5              # losses are clipped to [0, loss_bound]; 1 if not given
+    # device_rate = 1.0           # a device's own coin for taking part; 1 if not given
+    example_rate = 0.3            # unit "example": each example's coin; 1 if not given
+
+    # [privacy.target]            # in place of noise_multiplier: the least noise that holds these, at least one of them
+    # readers = 2.5               # epsilon against readers of the models
+    # coordinator = 10.0          # epsilon against the coordinator, who sees who sent
+    # method = "pld"              # "rdp", if not given, as devices' ledgers count; "pld" is tighter
+
+    [privacy.adaptive]            # the clip follows a quantile of the norms; needs metric_scale; without it it stays
+    least = 0.05                  # never below
+    most = 5.0                    # never above
+    quantile = 0.5                # share of units that should be within the clip
+    rate = 0.2
+
+    [cohort]
+    expected = 18.5               # contributors of a round, on average
+    spread = 0.5                  # their standard deviation
+    honest = 14                   # devices that carry the noise, besides the corrupt ones that the fleet allows for
+    # groups = 1                  # each with the full noise
+    n_max = 20                    # contributors at which a round is sealed early; if not given, expected + 6 spread
+    examples = 70                 # unit "example": how many a device has on average
+    # mean_weight = 0.5           # unit "device" with weight_cap: a device's weight on average; 1 if not given
+
+    [work]                        # what a device does; may be left out for unit "example"
+    # learning_rate = 0.05        # unit "device": of its steps. "example": of the local parameters'; 0 if not given
+    # epochs = 1                  # unit "device": passes over the data,
+    # steps = 10                  # or steps: one of the two
+    # proximal = 0.01             # unit "device": FedProx's mu; 0 if not given
+    # weight_cap = 100            # unit "device": one of n examples weighs min(1, n / weight_cap); 1 if not given
+
+    [optimizer]                   # fedavg at 1 if not given
+    kind = "fedavgm"              # fedavg, fedavgm, fedadam, fedyogi
+    learning_rate = 1.0
+    momentum = 0.9
+    # beta2 = 0.99
+    # tau = 1e-3
+    schedule = {kind = "cosine", over = 40, floor = 0.1}    # constant, step {every, factor}, cosine; each with warmup
+
+    [schedule]                    # all in seconds
+    open_s = 3600                 # a ticket takes contributions so long, or up to n_max
+    grace_s = 5.0                 # then members may still complain of shares; 5 if not given
+    answer_s = 86400              # then members have so long to sign and release before the ticket expires
+    # pause_s = 60.0              # between a round's end and the next ticket; 0 if not given
+    # overlap = true              # issue the next ticket while the last sum is being opened; false if not given
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from coordinator.adaptive import AdaptiveClip
+from coordinator.optimizer import Optimizer, pack_memory
+from coordinator.store import ModelRow, Store, StoreError, TaskRow
+from edge_sdk.bundle import Bundle
+from edge_sdk.errors import ParameterError, PeerError
+from edge_sdk.protocol import messages
+from edge_sdk.protocol.messages import MAX_CONTRIBUTORS, MAX_GROUPS, MAX_ROSTER, Loops, NoisePlan, Work
+from edge_sdk.protocol.plan import corrupt_in_group
+
+Above0 = Annotated[float, Meta(gt=0.0, lt=1e30)]
+AtLeast0 = Annotated[float, Meta(ge=0.0, lt=1e30)]
+Rate = Annotated[float, Meta(gt=0.0, le=1.0)]
+Tag = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9._-]*\Z")]
+
+MAX_OPEN_S = 90 * 86400
+FIGURE_POINTS = 64
+"""Rounds for which figures by PLD are worked out in advance; between two of them the next one's figure is said."""
+
+
+class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of the file's tables: nothing unknown."""
+
+
+class TargetTable(_Table, frozen=True):
+    """Epsilons to hold, at the task's delta."""
+
+    readers: Above0 | None = None
+    coordinator: Above0 | None = None
+    method: Literal["rdp", "pld"] = "rdp"
+
+
+class AdaptiveTable(_Table, frozen=True):
+    """`coordinator.adaptive.AdaptiveClip`."""
+
+    least: Above0
+    most: Above0
+    quantile: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.5
+    rate: Annotated[float, Meta(gt=0.0, le=2.0)] = 0.2
+
+
+class PrivacyTable(_Table, frozen=True):
+    """See the module's docstring."""
+
+    clip: Above0
+    delta: Annotated[float, Meta(gt=0.0, lt=1.0)]
+    noise_multiplier: Above0 | None = None
+    target: TargetTable | None = None
+    metric_scale: AtLeast0 = 0.0
+    loss_bound: Above0 = 1.0
+    device_rate: Rate = 1.0
+    example_rate: Rate = 1.0
+    adaptive: AdaptiveTable | None = None
+
+
+class CohortTable(_Table, frozen=True):
+    """See the module's docstring."""
+
+    expected: Annotated[float, Meta(ge=2.0, le=float(MAX_CONTRIBUTORS))]
+    spread: AtLeast0
+    honest: Annotated[int, Meta(ge=2, le=MAX_CONTRIBUTORS)]
+    groups: Annotated[int, Meta(ge=1, le=MAX_GROUPS)] = 1
+    n_max: Annotated[int, Meta(ge=2, le=MAX_CONTRIBUTORS)] | None = None
+    examples: AtLeast0 = 0.0
+    mean_weight: Rate = 1.0
+
+
+class WorkTable(_Table, frozen=True):
+    """`edge_sdk.protocol.messages.Work`."""
+
+    learning_rate: AtLeast0 = 0.0
+    epochs: Loops = 0
+    steps: Loops = 0
+    proximal: AtLeast0 = 0.0
+    weight_cap: Annotated[int, Meta(ge=0, lt=1 << 53)] = 0
+
+
+class ScheduleTable(_Table, frozen=True):
+    """Seconds, and whether rounds overlap."""
+
+    open_s: Annotated[float, Meta(ge=1.0, le=float(MAX_OPEN_S))]
+    answer_s: Annotated[float, Meta(ge=1.0, le=float(MAX_OPEN_S))]
+    grace_s: Annotated[float, Meta(ge=0.0, le=86400.0)] = 5.0
+    pause_s: Annotated[float, Meta(ge=0.0, le=float(MAX_OPEN_S))] = 0.0
+    overlap: bool = False
+
+
+class Task(_Table, frozen=True):
+    """A task file whose parts fit together. `Task.from_toml` makes it."""
+
+    name: messages.Name
+    bundle: Annotated[str, Meta(min_length=1)]
+    publisher: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+    unit: Literal["device", "example"]
+    rounds: Annotated[int, Meta(ge=1, le=1_000_000)]
+    privacy: PrivacyTable
+    cohort: CohortTable
+    schedule: ScheduleTable
+    participants: tuple[Tag, ...] = ()
+    work: WorkTable = WorkTable()
+    optimizer: Optimizer = Optimizer()
+
+    @classmethod
+    def from_toml(cls, text: str, source: str = "task") -> Task:
+        """The task in a file's text. source: the file's name, for messages.
+
+        Raises ParameterError "<source>, line <n>: [<table>] <key>: <what is wrong>; <remedy>".
+        """
+        try:
+            tables = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ParameterError(f"{source}: not TOML: {error}") from error
+        try:
+            # not strict: 1 is a number where 1.0 is meant
+            task = msgspec.convert(tables, cls)
+        except msgspec.ValidationError as error:
+            raise ParameterError(_explained(source, text, str(error))) from error
+        for path, fault in _faults(task):
+            raise ParameterError(f"{source}, {_place(text, path)}: {fault}")
+        return task
+
+    @property
+    def adaptive(self) -> AdaptiveClip | None:
+        table = self.privacy.adaptive
+        return None if table is None else AdaptiveClip(table.least, table.most, table.quantile, table.rate)
+
+    @property
+    def expected_units(self) -> float:
+        """What a round's sum is divided by: *planned* examples, devices or weights. How many came stays secret."""
+        if self.unit == "example":
+            return self.cohort.expected * self.cohort.examples * self.privacy.example_rate
+        return self.cohort.expected * self.cohort.mean_weight
+
+    @property
+    def ticket_work(self) -> Work:
+        w = self.work
+        return Work(w.learning_rate, w.epochs, w.steps, w.proximal, w.weight_cap)
+
+
+Place = tuple[str, ...]
+
+
+def _faults(task: Task) -> list[tuple[Place, str]]:
+    """What the fields' types cannot say: (where, what and what would do)."""
+    found: list[tuple[Place, str]] = []
+    privacy, cohort, work, schedule = task.privacy, task.cohort, task.work, task.schedule
+
+    def fault(wrong: bool, path: str, text: str) -> None:
+        if wrong:
+            found.append((tuple(path.split(".")), text))
+
+    both = privacy.noise_multiplier is not None and privacy.target is not None
+    neither = privacy.noise_multiplier is None and privacy.target is None
+    fault(both, "privacy.noise_multiplier", "there is a target too; leave one of the two out")
+    fault(neither, "privacy", "no noise is given; add noise_multiplier, or a [privacy.target]")
+    if privacy.target is not None:
+        empty = privacy.target.readers is None and privacy.target.coordinator is None
+        fault(empty, "privacy.target", "it names no epsilon; add readers or coordinator")
+    if privacy.adaptive is not None:
+        least, most = privacy.adaptive.least, privacy.adaptive.most
+        fault(privacy.metric_scale == 0, "privacy.adaptive", "it reads the metrics; set privacy.metric_scale above 0")
+        fault(not least <= privacy.clip <= most, "privacy.clip", f"{privacy.clip} is outside [{least}, {most}]")
+    if task.unit == "example":
+        fault(cohort.examples == 0, "cohort.examples", "missing; say how many examples a device has on average")
+        fault(cohort.mean_weight != 1, "cohort.mean_weight", 'for unit "device" only; leave it out')
+        for name in ("epochs", "steps", "proximal", "weight_cap"):
+            value = getattr(work, name)
+            fault(value != 0, f"work.{name}", f'{value}: a round of unit "example" is one step; leave it out')
+    else:
+        fault(privacy.example_rate != 1, "privacy.example_rate", 'for unit "example" only; leave it out')
+        fault(work.learning_rate == 0, "work.learning_rate", "missing; the rate of the devices' own steps")
+        one = (work.epochs > 0) == (work.steps > 0)
+        fault(one, "work.epochs", "exactly one of epochs and steps is above 0; remove or add one")
+        weighed = work.weight_cap == 0 and cohort.mean_weight != 1
+        fault(weighed, "cohort.mean_weight", "every device weighs 1 without work.weight_cap; leave it out or set that")
+    if cohort.n_max is not None:
+        few = cohort.n_max < cohort.expected
+        fault(few, "cohort.n_max", f"{cohort.n_max} is below the expected {cohort.expected:g}; raise it")
+        none = cohort.groups * cohort.honest >= cohort.n_max
+        fault(none, "cohort.honest", f"{cohort.groups} x {cohort.honest} and corrupt devices do not fit in n_max")
+    short = schedule.answer_s <= schedule.grace_s
+    fault(short, "schedule.answer_s", f"members must have longer than grace_s = {schedule.grace_s:g}; raise it")
+    return found
+
+
+def _explained(source: str, text: str, error: str) -> str:
+    """msgspec's message with the place in the file instead of its own."""
+    what, _, where = error.partition(" - at `$")
+    path = tuple(re.findall(r"[A-Za-z0-9_-]+", where))
+    unknown = re.fullmatch(r"Object contains unknown field `(.+)`", what)
+    if unknown:
+        return f"{source}, {_place(text, (*path, unknown[1]))}: there is no such key; remove it"
+    missing = re.fullmatch(r"Object missing required field `(.+)`", what)
+    if missing:
+        return f"{source}, {_place(text, (*path, missing[1]))}: missing; add it"
+    return f"{source}, {_place(text, path)}: {what[:1].lower()}{what[1:]}"
+
+
+def _place(text: str, path: Place) -> str:
+    """ "line 12: [privacy] clip" for ("privacy", "clip"); the table's line if the key is not in it."""
+    *tables, key = path or ("",)
+    name = f"[{'.'.join(tables)}] {key}" if tables else key
+    inside, line_of_table = "", 0
+    for number, line in enumerate(text.splitlines(), start=1):
+        stripped = line.strip()
+        header = re.match(r"\[\s*([^\[\]]+?)\s*\]", stripped)
+        if header:
+            inside = re.sub(r"\s*\.\s*", ".", header[1])
+            if inside == ".".join(tables):
+                line_of_table = number
+            if inside == ".".join(path):
+                return f"line {number}: [{inside}]"
+        elif inside == ".".join(tables) and re.match(rf"[\"']?{re.escape(key)}[\"']?\s*[=.]", stripped):
+            return f"line {number}: {name}"
+        elif tables and inside == ".".join(tables[:-1]) and re.match(rf"{re.escape(tables[-1])}\s*[=.]", stripped):
+            line_of_table = number  # an inline table
+    return f"line {line_of_table}: {name}" if line_of_table else name
+
+
+class Planned(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What planning made of a task: all that tickets need, and figures, so that the server plans nothing.
+
+    bundle: its hash.  dimension: of the integer vector.  readers, coordinator: (rounds, epsilon by PLD) at `delta`,
+    for so many published models, or for a device that sent in so many rounds; ascending.  ledger_readers,
+    ledger_coordinator: budgets that a device's ledger needs.  text: for people.
+    """
+
+    bundle: bytes
+    dimension: int
+    n_max: int
+    honest: int
+    groups: int
+    noise: NoisePlan
+    delta: float
+    readers: list[tuple[int, float]]
+    coordinator: list[tuple[int, float]]
+    ledger_readers: float
+    ledger_coordinator: float
+    text: str
+
+    def readers_epsilon(self, published: int) -> float | None:
+        """Epsilon by PLD against readers after so many models; None beyond the plan."""
+        return _at(self.readers, published)
+
+    def coordinator_epsilon(self, sends: int) -> float | None:
+        """Epsilon by PLD against the coordinator, of a device that sent so often; None beyond the plan."""
+        return _at(self.coordinator, sends)
+
+    def encode(self) -> bytes:
+        return msgspec.msgpack.encode(self)
+
+    @staticmethod
+    def decode(data: bytes) -> Planned:
+        """Raises StoreError on anything but what `encode` gave."""
+        try:
+            return msgspec.msgpack.decode(data, type=Planned)
+        except msgspec.MsgspecError as error:
+            raise StoreError(f"a task's plan is damaged, or of another version: {error}") from error
+
+
+def _at(table: Sequence[tuple[int, float]], rounds: int) -> float | None:
+    if rounds == 0:
+        return 0.0
+    return next((epsilon for most, epsilon in table if most >= rounds), None)
+
+
+def plan(task: Task, bundle: Bundle, roster: int, corrupt_devices: int) -> Planned:
+    """Work out a task's noise, integers and figures. Loads dp-accounting (75 MB): not for the process that serves.
+
+    roster: devices enrolled, or to be enrolled.  corrupt_devices: F, as the fleet's epochs have it.
+    Raises ParameterError that says which requirement fails and what would meet it.
+    """
+    from coordinator import accounting, planner  # 75 MB, so only here
+    from edge_sdk.privacy.rdp import Budget, Sampling
+
+    privacy, table = task.privacy, task.cohort
+    if bundle.manifest.unit != task.unit:
+        raise ParameterError(f"unit is {task.unit!r}, the bundle was built for {bundle.manifest.unit!r}: build another")
+    if task.work.proximal and not bundle.manifest.options.proximal:
+        raise ParameterError("work.proximal is above 0, and the bundle was built without FedProx's term")
+    n_max = _most_contributors(task)
+    cohort = planner.Cohort(
+        expected=table.expected,
+        spread=table.spread,
+        roster=max(2, min(n_max, roster)),
+        honest=table.honest,
+        corrupt=max(1, corrupt_in_group(roster, corrupt_devices, table.groups)),
+        groups=table.groups,
+    )
+    work = planner.Work(
+        unit=task.unit, dimension=bundle.dimension, clip=privacy.clip, rounds=task.rounds,
+        sampling=Sampling(privacy.device_rate, privacy.example_rate), metric_scale=privacy.metric_scale,
+        loss_bound=privacy.loss_bound, examples=table.examples,
+    )  # fmt: skip
+    if privacy.noise_multiplier is not None:
+        target: planner.Target | planner.FixedNoise = planner.FixedNoise(privacy.noise_multiplier, privacy.delta)
+    else:
+        wanted = privacy.target or TargetTable()
+        readers, coordinator = (
+            None if epsilon is None else Budget(epsilon, privacy.delta)
+            for epsilon in (wanted.readers, wanted.coordinator)
+        )
+        target = planner.Target(readers, coordinator, wanted.method)
+    made = planner.make_plan(work, cohort, target)
+    points = sorted({math.ceil(task.rounds * k / FIGURE_POINTS) for k in range(1, FIGURE_POINTS + 1)})
+    figures = [accounting.planned(made.mechanism, work.sampling, k, k, privacy.delta) for k in points]
+    return Planned(
+        bundle=bundle.hash,
+        dimension=made.mechanism.length,
+        n_max=cohort.n_max,
+        honest=table.honest,
+        groups=table.groups,
+        noise=planner.noise_plan(made),
+        delta=privacy.delta,
+        readers=[(k, f.readers.epsilon) for k, f in zip(points, figures, strict=True)],
+        coordinator=[(k, f.coordinator.epsilon) for k, f in zip(points, figures, strict=True)],
+        ledger_readers=made.ledger_readers,
+        ledger_coordinator=made.ledger_coordinator,
+        text=str(made),
+    )
+
+
+def _most_contributors(task: Task) -> int:
+    """n_max, of a roster that is large enough. Six spreads: `coordinator.planner.SPREADS`, which is not loaded here."""
+    cohort = task.cohort
+    return cohort.n_max or max(2, min(MAX_CONTRIBUTORS, math.ceil(cohort.expected + 6 * cohort.spread)))
+
+
+def add_task(store: Store, path: Path, *, corrupt_devices: int, now_s: float, roster: int | None = None) -> Planned:
+    """Check the task file at `path`, plan it, and put it into the store, where a running server finds it.
+
+    roster: devices to plan for; None: those enrolled now, or, if there are fewer, as many as the task's n_max asks.
+    Raises ParameterError with the place and the remedy; PeerError that names the fault of the bundle.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParameterError(f"{path}: {error}") from error
+    task = Task.from_toml(text, path.name)
+    try:
+        content = (path.parent / task.bundle).read_bytes()
+    except OSError as error:
+        where = _place(text, ("bundle",))
+        raise ParameterError(f"{path.name}, {where}: {error}; the path is relative to the task file") from error
+    try:
+        bundle = Bundle.read(content, bytes.fromhex(task.publisher))
+    except PeerError as error:
+        raise PeerError(f"{path.name}, {_place(text, ('bundle',))}: {error}") from error
+    if roster is None:
+        with store.reading() as t:
+            enrolled = sum(row.role == "device" and row.revoked_s is None for row in t.devices())
+        roster = max(enrolled, _most_contributors(task))
+    planned = plan(task, bundle, min(roster, MAX_ROSTER), corrupt_devices)
+    bundle_file = store.put_blob(content)
+    initial = bundle.flatten(bundle.parameters())
+    parameters = store.put_blob(initial.astype("<f4").tobytes())
+    memory = store.put_blob(pack_memory(task.optimizer.start(len(initial))))
+    with store.transaction() as t:
+        t.add_task(TaskRow(task.name, text, planned.encode(), bundle_file, "running", 0, now_s))
+        t.add_model(
+            ModelRow(
+                task.name, 0, parameters, memory, None, None, task.privacy.clip, task.cohort.expected, None, None, {},
+                now_s,
+            )
+        )  # fmt: skip
+    return planned
+
+
+def load(row: TaskRow) -> tuple[Task, Planned]:
+    """A task from the store. It was checked when it came in."""
+    return Task.from_toml(row.toml, row.name), Planned.decode(row.plan)

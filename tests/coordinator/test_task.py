@@ -1,0 +1,179 @@
+"""The task file: what is read from it, and how it says what is wrong."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from itertools import pairwise
+
+import pytest
+from training import tiny_models as tiny
+
+import coordinator.task
+from coordinator.store import Store, StoreError
+from coordinator.task import Planned, Task, add_task, load
+from edge_sdk.errors import ParameterError, PeerError
+
+
+def example() -> str:
+    """The example of the module's docstring."""
+    lines = inspect.getdoc(coordinator.task).split("\n")
+    return textwrap.dedent("\n".join(line for line in lines if line.startswith("    ") or not line.strip()))
+
+
+SMALL = f"""
+name = "tiny"
+bundle = "tiny.bundle"
+publisher = "{tiny.PUBLISHER.public_key.hex()}"
+unit = "example"
+rounds = 4
+
+[privacy]
+clip = 0.5
+delta = 1e-4
+noise_multiplier = 3
+metric_scale = 0.05
+example_rate = 0.3
+
+[cohort]
+expected = 18.5
+spread = 0.5
+honest = 14
+n_max = 20
+examples = 70
+
+[optimizer]
+kind = "fedavgm"
+
+[schedule]
+open_s = 60
+answer_s = 600
+"""
+
+
+def changed(old: str, new: str) -> str:
+    assert old in SMALL
+    return SMALL.replace(old, new)
+
+
+def test_the_documented_example_is_a_task():
+    task = Task.from_toml(example())
+    assert (task.name, task.privacy.noise_multiplier, task.optimizer.schedule.floor) == ("digits", 3.0, 0.1)
+    assert task.expected_units == pytest.approx(18.5 * 70 * 0.3)
+    assert task.adaptive.next.__self__.least == 0.05
+
+
+def test_every_commented_key_of_the_example_is_one():
+    """Whatever is commented out there is read where it fits: nothing in it was renamed away."""
+    device = example().replace('unit = "example"', 'unit = "device"').replace("noise_multiplier", "# noise_multiplier")
+    lines = []
+    for line in device.split("\n"):
+        if line.startswith(("example_rate", "examples")):
+            continue
+        lines.append(line[2:] if line.startswith("# ") and not line.startswith(("# steps", "# noise")) else line)
+    task = Task.from_toml("\n".join(lines))
+    assert (task.participants, task.privacy.target.coordinator) == (("kitchen",), 10.0)
+    assert (task.work.epochs, task.work.weight_cap, task.cohort.mean_weight) == (1, 100, 0.5)
+    assert task.schedule.overlap
+    assert task.expected_units == 18.5 * 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (changed("clip = 0.5", "clip = -1"), r"t.toml, line 9: \[privacy\] clip: expected `float` > 0"),
+        (changed("clip = 0.5", "clip = nan"), r"line 9: \[privacy\] clip"),
+        (changed("clip = 0.5", "clip = inf"), r"line 9: \[privacy\] clip"),
+        (changed("clip = 0.5", 'clip = "a"'), r"line 9: \[privacy\] clip: expected `float`, got `str`"),
+        (changed("clip = 0.5", "clap = 0.5"), r"line \d+: \[privacy\] cl.p: (missing; add it|there is no such key)"),
+        (changed("rounds = 4", "rounds = 4\nfast = true"), r"line 7: fast: there is no such key"),
+        (changed("rounds = 4", ""), r"rounds: missing; add it"),
+        (changed("noise_multiplier = 3", ""), r"line 8: \[privacy\]: no noise is given; add"),
+        (
+            changed("[cohort]", "[privacy.target]\nreaders = 1.0\n\n[cohort]"),
+            r"line 11: .*noise_multiplier: .*leave one",
+        ),
+        (changed("examples = 70", ""), r"line 15: \[cohort\] examples: missing"),
+        (changed("n_max = 20", "n_max = 15"), r"line 19: \[cohort\] n_max: 15 is below .*raise it"),
+        (changed("answer_s = 600", "answer_s = 2"), r"line 27: \[schedule\] answer_s: .*raise it"),
+        (changed('kind = "fedavgm"', 'kind = "sgd"'), r"line 23: \[optimizer\] kind: invalid enum value 'sgd'"),
+        (changed("[optimizer]", "[work]\nepochs = 1\n[optimizer]"), r"\[work\] epochs: 1: .*one step; leave it out"),
+        (changed('"example"', '"device"'), r"example_rate: for unit .example. only; leave it out"),
+        (changed('name = "tiny"', 'name = "Tiny!"'), r"line 2: name: "),
+        (changed("rounds = 4", "rounds = "), r"not TOML: .*line 6"),
+        (
+            changed("[cohort]", "[privacy.adaptive]\nleast = 1\nmost = 2\n[cohort]"),
+            r"line 9: \[privacy\] clip: 0.5 is outside \[1.0, 2.0\]",
+        ),
+        (changed("[optimizer]", "[optimizer]\nschedule = {kind = 'up'}"), r"line 23: \[optimizer.schedule\] kind"),
+    ],
+)
+def test_a_fault_is_named_with_its_line_and_what_would_do(text, message):
+    with pytest.raises(ParameterError, match=message):
+        Task.from_toml(text, "t.toml")
+
+
+@pytest.fixture
+def store(tmp_path):
+    opened = Store(tmp_path / "fleet")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def directory(tmp_path):
+    (tmp_path / "tiny.bundle").write_bytes(tiny.bundle_bytes("example"))
+    (tmp_path / "task.toml").write_text(SMALL)
+    return tmp_path
+
+
+def test_a_task_is_planned_once_and_found_again(store, directory):
+    planned = add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+    with store.reading() as t:
+        row, model = t.task("tiny"), t.newest_model("tiny")
+    task, again = load(row)
+    assert again == planned
+    assert (task.rounds, planned.n_max, planned.honest, planned.noise.example_rate) == (4, 20, 14, 0.3)
+    assert planned.dimension == len(store.blob(model.parameters)) // 4 + 4
+    assert store.blob(row.bundle_file) == (directory / "tiny.bundle").read_bytes()
+    assert (model.number, model.parent, model.clip) == (0, None, 0.5)
+
+
+def test_figures_grow_with_the_rounds_and_end_with_the_plan(store, directory):
+    planned = add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+    epsilons = [planned.readers_epsilon(k) for k in range(5)]
+    assert epsilons[0] == 0.0
+    assert all(a < b for a, b in pairwise(epsilons))
+    assert planned.readers_epsilon(5) is None
+    assert planned.coordinator_epsilon(4) == pytest.approx(planned.readers_epsilon(4), rel=1e-6)  # device_rate is 1
+
+
+def test_a_name_serves_one_task(store, directory):
+    add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+    with pytest.raises(ParameterError, match="already"):
+        add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+
+
+def test_a_bundle_of_another_publisher_is_refused(store, directory):
+    (directory / "task.toml").write_text(SMALL.replace(tiny.PUBLISHER.public_key.hex(), "11" * 32))
+    with pytest.raises(PeerError, match=r"line 3: bundle: .*not by the publisher"):
+        add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+    with store.reading() as t:
+        assert t.tasks() == []
+
+
+def test_a_missing_bundle_is_named_with_its_line(store, directory):
+    (directory / "tiny.bundle").unlink()
+    with pytest.raises(ParameterError, match=r"line 3: bundle: .*relative to the task file"):
+        add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+
+
+def test_a_plan_that_does_not_hold_is_refused_with_what_would(store, directory):
+    (directory / "task.toml").write_text(SMALL.replace("spread = 0.5", "spread = 3"))
+    with pytest.raises(ParameterError, match="what would do"):
+        add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+
+
+def test_a_damaged_plan_is_the_stores_fault():
+    with pytest.raises(StoreError, match="plan"):
+        Planned.decode(b"\x90")
