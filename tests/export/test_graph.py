@@ -338,6 +338,20 @@ def test_rows_of_an_embedding_that_nearly_cancel_exceed_the_clip_no_more_than_ot
                 assert float(found["grad.layer.weight"].double().norm()) <= 1.001
 
 
+@pytest.mark.parametrize("width", [16384, 16385, 300_007])
+def test_a_long_gradient_of_equal_elements_exceeds_the_clip_no_more_than_any_other(width: int) -> None:
+    """One vector after the other, a run time rounds every addition of equal squares the same way."""
+    torch.manual_seed(0)
+    spec = TrainingSpec(nn.Linear(width, 2), "cross_entropy", [torch.zeros(width)], CLASS)
+    step = capture(spec, "example", 2)
+    for run in (run_fx(step), run_onnx(onnx_of(step))):
+        for value in (1.0, 0.7, 1.1, 1.37):
+            x = torch.full((2, width), value)
+            found = run(feeds_of(step, Batch((x,), torch.tensor([0, 1]), torch.tensor([1.0, 0.0])), clip=1e-3))
+            whole = torch.cat([found["grad.weight"].flatten(), found["grad.bias"]]).double().norm()
+            assert float(whole) <= float(torch.tensor(1e-3)) * (1 + 1e-5)
+
+
 def test_a_zero_gradient_counts_and_gives_zero() -> None:
     spec = perceptron(nn.ReLU, frozen=("2",))
     with torch.no_grad():

@@ -148,6 +148,16 @@ def test_one_example_more_changes_no_bit_of_another_windows_sums(present):
     assert sums[0][own] != sums[1][own]
 
 
+@given(st.integers(0, 2**32 - 1), st.floats(1e-3, 1e3), st.integers(1, SIZE))
+def test_a_windows_float32_sums_stay_within_their_worst_case(seed, length, window):
+    """Against every example run alone, where nothing is added up: n B 2^-24 clips for a window of n."""
+    x = np.random.default_rng(seed).normal(size=X.shape).astype(np.float32) * np.float32(length)
+    mine, whole = ArrayExamples(x, Y), np.arange(min(window, SIZE))
+    together = shared_trainer().clipped_sum(mine, whole, window=window, **BOUNDS).gradient
+    alone = sum(shared_trainer().clipped_sum(mine, whole[[i]], **BOUNDS).gradient for i in range(len(whole)))
+    assert np.linalg.norm(together - alone) <= len(whole) * tiny.BATCH * 2.0**-24 * BOUNDS["clip"]
+
+
 def test_the_order_of_the_indices_does_not_matter():
     shuffled = np.random.default_rng(3).permutation(SIZE)
     found = shared_trainer().clipped_sum(EXAMPLES, shuffled, window=9, **BOUNDS)

@@ -14,6 +14,7 @@ from edge_sdk.crypto.stream import KeyStream
 from edge_sdk.errors import ParameterError
 from edge_sdk.training import sampling
 from edge_sdk.training.sampling import batches_by_place, poisson_sample, shuffle, shuffled_batches, window_for
+from edge_sdk.training.steps import CLIP_SLACK
 
 SEEDS = [bytes([index]) * 32 for index in range(200)]
 entropies = st.binary(min_size=32, max_size=32)
@@ -148,6 +149,15 @@ def test_how_often_a_window_of_batch_32_takes_a_second_run_and_a_fourth(rate):
     window = window_for(32, rate)
     assert tail(window, rate, 32) < 0.1
     assert tail(window, rate, 96) < 1e-25
+
+
+@pytest.mark.parametrize("batch", [1, 8, 16, 32, 40])
+@pytest.mark.parametrize("rate", [0.001, 0.01, 0.1, 0.3, 0.79, 1.0])
+def test_float32_sums_of_one_window_err_by_less_than_half_of_the_clips_slack(batch, rate):
+    """docs/training-graph.md section 5: at most 2 n B 2^-24 clips for n drawn, and no more than n are ever drawn."""
+    drawn = int((CLIP_SLACK - 1) / 2 / (2 * batch * 2.0**-24))
+    window = window_for(batch, rate)
+    assert drawn >= window or tail(window, rate, drawn) < 1e-20
 
 
 @pytest.mark.parametrize(("batch", "rate"), [(0, 0.5), (8, 0), (8, -0.1), (8, 1.5), (8, float("nan"))])
