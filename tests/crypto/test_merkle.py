@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from official import official
 
-from edge_sdk.crypto.merkle import MerkleTree, check_inclusion, merkle_root
+from edge_sdk.crypto.merkle import MerkleTree, check_inclusion, merkle_root, root_of
 from edge_sdk.errors import ParameterError, PeerError
 
 VECTORS = official("rfc9162_merkle")
@@ -112,6 +112,32 @@ def test_a_node_cannot_be_passed_off_as_a_leaf():
         with pytest.raises(PeerError):
             check_inclusion(tree.root, 2, 0, content, [upper])
         assert merkle_root([content, children[2] + children[3]]) != tree.root
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_proof_gives_the_root_of_its_own_leaf_only(size):
+    leaves = leaves_of(size)
+    tree = MerkleTree(leaves)
+    for index, leaf in enumerate(leaves):
+        assert root_of(size, index, leaf, tree.proof(index)) == tree.root
+        assert root_of(size, index, leaf + b" ", tree.proof(index)) != tree.root
+
+
+def test_a_proof_that_fits_no_tree_of_the_size_gives_no_root():
+    tree = MerkleTree(leaves_of(5))
+    for index in range(5):
+        proof = tree.proof(index)
+        for bad, why in (
+            ([*proof, bytes(32)], "longer than the tree is high"),
+            (proof[:-1], "shorter than the tree is high"),
+            ([proof[0] + b" ", *proof[1:]], "a sibling of 33 bytes"),
+            ([b"", *proof[1:]], "a sibling of 0 bytes"),
+        ):
+            with pytest.raises(PeerError, match=why):
+                root_of(5, index, leaves_of(5)[index], bad)
+    for index in (-1, 5):
+        with pytest.raises(PeerError, match="outside a tree of 5"):
+            root_of(5, index, b"", [])
 
 
 def test_a_proof_longer_than_the_tree_is_high_is_refused_as_such():
