@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from edge_sdk.bundle import PREDICT_ONNX, Bundle
 from edge_sdk.errors import ParameterError
+
+if TYPE_CHECKING:
+    import torch
 
 F32 = NDArray[np.float32]
 
@@ -25,6 +26,9 @@ def read_shared(bundle: Bundle, path: Path) -> F32:
     Raises ParameterError that names what does not fit.
     """
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
         try:
             return bundle.flatten(load_file(path))
         except SafetensorError as error:
@@ -75,4 +79,6 @@ def inference_onnx(bundle: Bundle, parameters: Mapping[str, F32]) -> bytes:
 
 def state_dict(parameters: Mapping[str, F32]) -> dict[str, torch.Tensor]:
     """For `module.load_state_dict(..., strict=False)`: integer buffers are constants of the graph and not in it."""
+    import torch  # only here: who unpacks a model for inference needs none
+
     return {name: torch.from_numpy(np.array(value)) for name, value in parameters.items()}
