@@ -1,0 +1,112 @@
+"""The broker that devices and coordinator meet at: a mosquitto child, amqtt in this process, or one that is there.
+
+Whichever it is, the rules are the same: TLS both ways, a device is its certificate's CN, it writes `fl/v1/up/<CN>` and
+reads `fl/v1/dn/<CN>` and nothing else, the coordinator reads `fl/v1/up/+` and writes below `fl/v1/dn/`. A broker is
+never the source of truth: it may lose everything at any time.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from edge_sdk.errors import ParameterError
+from edge_sdk.transport.wire import MAX_FRAME_BYTES
+
+Kind = Literal["auto", "mosquitto", "amqtt", "external"]
+
+MAX_PACKET_BYTES = MAX_FRAME_BYTES + 1024
+"""An MQTT packet: a frame, its topic and a few bytes of header."""
+
+FIRST_BACKOFF_S = 0.5
+LONGEST_BACKOFF_S = 30.0
+STEADY_S = 60.0
+"""A broker that ran for so long is started again at once when it ends."""
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Where the broker listens, and the directory with ca.pem, server.pem, server.key and crl.pem."""
+
+    directory: Path
+    address: str
+    port: int
+
+    @property
+    def local_url(self) -> str:
+        """For the coordinator on the same machine."""
+        return f"mqtts://{_bracketed(self.local_address)}:{self.port}"
+
+    @property
+    def local_address(self) -> str:
+        """An address of this machine that reaches the listener."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.address, self.address)  # noqa: S104 - only compared
+
+    def check_free(self) -> None:
+        """Raises ParameterError if something else listens there: it would be taken for our broker."""
+        family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self.address, self.port))
+            except OSError as error:
+                raise ParameterError(
+                    f"the broker cannot listen on {self.address}:{self.port}: {error.strerror}. Another broker? "
+                    "coordinator.toml has [listen] broker_port"
+                ) from error
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
+
+
+class Broker(Protocol):
+    """A broker that runs, and is started again when it ends, until it is closed."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def url(self) -> str:
+        """That the coordinator connects to."""
+
+    def revoke(self, devices: Collection[str]) -> None:
+        """From now on these devices (all that were ever revoked, by CN) are kept out, also where they are connected.
+
+        The CA's crl.pem names their certificates already.
+        """
+
+    def close(self) -> None:
+        """End it. Closing twice is harmless."""
+
+
+def start_broker(kind: Kind, listener: Listener, url: str | None, revoked: Collection[str]) -> Broker:
+    """The broker, listening when this returns. kind "auto": mosquitto where there is one, else amqtt.
+
+    url: of the one that is there, for kind "external".
+    Raises ParameterError if it does not start, with what it said.
+    """
+    # Each is imported where it is wanted: amqtt takes memory and half a second.
+    if kind == "external":
+        from coordinator.broker.external import ExternalBroker
+
+        if url is None:
+            raise ParameterError('coordinator.toml: [broker] kind = "external" needs url')
+        return ExternalBroker(url, listener.directory)
+    from coordinator.broker.mosquitto import Mosquitto, find_mosquitto
+
+    program = find_mosquitto() if kind in ("auto", "mosquitto") else None
+    if program is not None:
+        return Mosquitto(program, listener, revoked)
+    if kind == "mosquitto":
+        raise ParameterError(
+            "there is no mosquitto in PATH or /usr/sbin: install it (apt-get install mosquitto), or choose "
+            'kind = "amqtt" in coordinator.toml'
+        )
+    from coordinator.broker.amqtt import Amqtt
+
+    return Amqtt(listener, revoked)

@@ -1,0 +1,247 @@
+"""amqtt inside this process, on a thread of its own, for machines without mosquitto. The same rules, in Python."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import threading
+import time
+from collections.abc import Collection
+from typing import Any
+
+import amqtt.broker
+from amqtt.adapters import ReaderAdapter, StreamReaderAdapter, StreamWriterAdapter, WriterAdapter
+from amqtt.contexts import Action, ListenerConfig
+from amqtt.errors import MQTTError
+from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
+from amqtt.plugins.base import BaseAuthPlugin, BaseTopicPlugin
+from amqtt.session import Session
+from cryptography import x509
+from cryptography.x509.oid import NameOID
+
+from coordinator.broker import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, MAX_PACKET_BYTES, STEADY_S, Listener
+from coordinator.ca import COORDINATOR
+from edge_sdk.errors import ParameterError
+from edge_sdk.transport import DEVICE_NAME
+from edge_sdk.transport.mqtt import DOWN, UP
+
+log = logging.getLogger("sordino.broker")
+
+START_S = 20.0
+END_S = 10.0
+CONNECT_S = 10.0
+
+
+def allowed(name: str, topic: str, action: Action) -> bool:
+    """The topic rules, for a certificate's CN."""
+    if name == COORDINATOR:
+        if action is Action.SUBSCRIBE:
+            return topic == UP + "+"
+        prefix = UP if action is Action.RECEIVE else DOWN
+        return topic.startswith(prefix) and DEVICE_NAME.match(topic[len(prefix) :]) is not None
+    if not DEVICE_NAME.match(name):
+        return False
+    return topic == (UP if action is Action.PUBLISH else DOWN) + name
+
+
+class TopicRules(BaseAuthPlugin, BaseTopicPlugin):  # type: ignore[misc] - amqtt is untyped
+    """amqtt's hooks. Who is connected was decided before, at CONNECT: its client id is its certificate's CN."""
+
+    async def authenticate(self, *, session: Session) -> bool | None:
+        return session.ssl_object is not None and _peer_name(session.ssl_object) == session.client_id
+
+    async def topic_filtering(
+        self, *, session: Session | None = None, topic: str | None = None, action: Action | None = None
+    ) -> bool | None:
+        if session is None or session.client_id is None or topic is None or action is None:
+            return False
+        if allowed(session.client_id, topic, action):
+            return True
+        log.warning("%s may not %s %r: refused", session.client_id[:16], action.value, topic[:128])
+        return False
+
+
+class _BoundedReader(StreamReaderAdapter):  # type: ignore[misc]
+    """A packet announces its length, up to 256 MB, and is then read whole: more than a frame ends the connection."""
+
+    async def read(self, n: int = -1) -> bytes:
+        if n > MAX_PACKET_BYTES:
+            raise ConnectionError(f"a packet of {n} bytes is over the limit of {MAX_PACKET_BYTES}")
+        data: bytes = await super().read(n)
+        return data
+
+
+class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
+    """amqtt's broker where it trusts what a CONNECT says: here the certificate decides, before anything is done."""
+
+    def __init__(self, config: dict[str, Any], revoked: Collection[str]) -> None:
+        super().__init__(config)
+        self.revoked = frozenset(revoked)
+
+    @staticmethod
+    def _create_ssl_context(listener: ListenerConfig) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(listener["certfile"], listener["keyfile"])
+        context.load_verify_locations(listener["cafile"])
+        context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+    async def stream_connected(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, listener_name: str
+    ) -> None:
+        try:
+            await self._client_connected(listener_name, _BoundedReader(reader), StreamWriterAdapter(writer))
+        except (OSError, EOFError, TimeoutError) as error:  # of the connection: amqtt would print a traceback
+            log.info("a connection ended: %s", error)
+        finally:
+            writer.close()
+
+    async def _initialize_client_session(
+        self, reader: ReaderAdapter, writer: WriterAdapter, remote_address: str, remote_port: int
+    ) -> tuple[BrokerProtocolHandler, Session]:
+        connecting = BrokerProtocolHandler.init_from_connect(reader, writer, self.plugins_manager)
+        handler, session = await asyncio.wait_for(connecting, CONNECT_S)
+        name = None if session.ssl_object is None else _peer_name(session.ssl_object)
+        reason = self._refusal(name, session)
+        if reason is not None:
+            log.warning("%s from %s refused: %s", (name or "a stranger")[:16], remote_address, reason)
+            session.parent = 0
+            handler.attach(session, reader, writer)
+            await handler.mqtt_connack_authorize(authorize=False)
+            await writer.close()
+            raise MQTTError(reason)
+        # Every session is a clean one: nothing is kept for who is not there.
+        session.clean_session = True
+        session.parent = 0
+        await self.cut(session.client_id)
+        return handler, session
+
+    def _refusal(self, name: str | None, session: Session) -> str | None:
+        if name is None:
+            return "it has no certificate"
+        if name in self.revoked:
+            return "it was revoked"
+        if session.client_id != name:
+            return "its client id is not its certificate's CN"
+        if session.will_flag and not allowed(name, session.will_topic or "", Action.PUBLISH):
+            return f"its will is for {(session.will_topic or '')[:128]!r}"
+        return None
+
+    async def cut(self, name: str | None) -> None:
+        """End the client's connection and session, if it has one."""
+        if name is None or name not in self._sessions:
+            return
+        _, handler = self._sessions[name]
+        await self._delete_session(name)
+        await handler.handle_connection_closed()
+        await self._stop_handler(handler)
+
+    async def retain_message(self, *_: Any) -> None:
+        """Nothing is retained."""
+
+
+def _peer_name(connection: ssl.SSLObject) -> str | None:
+    """The CN of a certificate that the handshake verified."""
+    der = connection.getpeercert(binary_form=True)
+    if der is None:
+        return None
+    names = x509.load_der_x509_certificate(der).subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(names[0].value) if len(names) == 1 else None
+
+
+class Amqtt:
+    """See `coordinator.broker.Broker`."""
+
+    name = "amqtt"
+
+    def __init__(self, listener: Listener, revoked: Collection[str]) -> None:
+        """Listens when this returns. Raises ParameterError with what amqtt said if it does not start."""
+        listener.check_free()
+        self.url = listener.local_url
+        self._listener = listener
+        self._lock = threading.Lock()
+        self._revoked = frozenset(revoked)
+        self._running: tuple[asyncio.AbstractEventLoop, _Broker, asyncio.Event] | None = None
+        self._closing = threading.Event()
+        self._first = threading.Event()
+        self._problem = "it took too long"
+        self._thread = threading.Thread(target=self._supervise, name="amqtt", daemon=True)
+        self._thread.start()
+        if not self._first.wait(START_S) or self._running is None:
+            self.close()
+            raise ParameterError(f"amqtt did not start: {self._problem}")
+
+    def revoke(self, devices: Collection[str]) -> None:
+        with self._lock:
+            self._revoked = frozenset(devices)
+            if self._running is None:
+                return
+            loop, broker, _ = self._running
+            asyncio.run_coroutine_threadsafe(_shut_out(broker, self._revoked), loop)
+
+    def close(self) -> None:
+        self._closing.set()
+        with self._lock:
+            if self._running is not None:
+                loop, _, leave = self._running
+                loop.call_soon_threadsafe(leave.set)
+        self._thread.join(END_S)
+
+    def _supervise(self) -> None:
+        delay_s = FIRST_BACKOFF_S
+        while not self._closing.is_set():
+            since = time.monotonic()
+            try:
+                asyncio.run(self._serve())
+            except Exception as error:  # noqa: BLE001 - whatever ended it, it is started again
+                self._problem = f"{type(error).__name__}: {error}"
+            with self._lock:
+                self._running = None
+            self._first.set()
+            if self._closing.is_set():
+                return
+            if time.monotonic() - since > STEADY_S:
+                delay_s = FIRST_BACKOFF_S
+            log.error("amqtt ended: %s. Starting it again in %.1f s", self._problem, delay_s)
+            if self._closing.wait(delay_s):
+                return
+            delay_s = min(2 * delay_s, LONGEST_BACKOFF_S)
+
+    async def _serve(self) -> None:
+        directory, address = self._listener.directory, self._listener.address
+        host = f"[{address}]" if ":" in address else address
+        config: dict[str, Any] = {
+            "listeners": {
+                "default": {
+                    "type": "tcp",
+                    "bind": f"{host}:{self._listener.port}",
+                    "ssl": True,
+                    "cafile": str(directory / "ca.pem"),
+                    "certfile": str(directory / "server.pem"),
+                    "keyfile": str(directory / "server.key"),
+                }
+            },
+            "plugins": {f"{TopicRules.__module__}.{TopicRules.__qualname__}": {}},
+        }
+        leave = asyncio.Event()
+        with self._lock:
+            broker = _Broker(config, self._revoked)
+        await broker.start()
+        with self._lock:
+            broker.revoked = self._revoked
+            self._running = asyncio.get_running_loop(), broker, leave
+            if self._closing.is_set():
+                leave.set()
+        self._first.set()
+        try:
+            await leave.wait()
+        finally:
+            await broker.shutdown()
+
+
+async def _shut_out(broker: _Broker, revoked: frozenset[str]) -> None:
+    broker.revoked = revoked
+    for name in revoked:
+        await broker.cut(name)

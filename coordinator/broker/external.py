@@ -1,0 +1,28 @@
+"""A broker that the operator runs. It has to keep the rules of docs/operating.md itself; we only connect."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from pathlib import Path
+
+log = logging.getLogger("sordino.broker")
+
+
+class ExternalBroker:
+    """See `coordinator.broker.Broker`."""
+
+    name = "external"
+
+    def __init__(self, url: str, directory: Path) -> None:
+        self.url = url
+        self._directory = directory
+
+    def revoke(self, devices: Collection[str]) -> None:
+        """The coordinator drops what revoked devices send; that the broker keeps them out is its operator's matter."""
+        log.warning(
+            "%d devices are revoked: load %s into the broker at %s", len(devices), self._directory / "crl.pem", self.url
+        )
+
+    def close(self) -> None:
+        """It is not ours to end."""
