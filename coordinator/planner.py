@@ -7,7 +7,7 @@ it names run it to the end, members sign its rounds, and its sums wrap with the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from coordinator.accounting import Figures, Method, planned, planned_rdp
@@ -259,6 +259,23 @@ def make_plan(work: Work, cohort: Cohort, target: Target | FixedNoise) -> Plan:
         work, cohort, mechanism, _wrap(mechanism, work, cohort),
         planned(*arguments), planned_rdp(*arguments), readers, coordinator,
     )  # fmt: skip
+
+
+def choose_groups(work: Work, cohort: Cohort, target: Target | FixedNoise, corrupt_in_group: Mapping[int, int]) -> Plan:
+    """The plan with the fewest groups, of those that an epoch allows.
+
+    Fewer groups leave room for more honest devices in each, so for less noise in all; more groups make the sums smaller
+    and the steps finer, and a liar spoils less. cohort: its groups and corrupt are replaced.  corrupt_in_group: the
+    epoch's G -> F_G (`FleetEpoch.corrupt_in_group`).
+    Raises ParameterError with each grouping's reason if none holds.
+    """
+    reasons = []
+    for groups, corrupt in sorted(corrupt_in_group.items()):
+        try:
+            return make_plan(work, replace(cohort, groups=groups, corrupt=corrupt), target)
+        except ParameterError as error:
+            reasons.append(f"{'one group' if groups == 1 else f'{groups} groups'}: {error}")
+    raise ParameterError("no number of groups holds this plan. " + " / ".join(reasons))
 
 
 def noise_plan(plan: Plan) -> NoisePlan:

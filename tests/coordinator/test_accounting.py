@@ -166,7 +166,7 @@ def test_rounds_of_different_noise_compose_to_the_gaussian_whose_distance_is_the
     assert gaussian_delta(distance, epsilon * 0.999) > DELTA
 
 
-@pytest.mark.parametrize("rates", [(0.3, 0.6), (0.05, 1.0)])
+@pytest.mark.parametrize("rates", [(0.6, 0.3), (0.05, 1.0)])
 def test_sampled_rounds_of_different_noise_have_the_epsilon_of_their_product_summed_by_brute_force(rates):
     """Two rounds, their outputs on a grid of two dimensions, the larger of both directions."""
     multipliers = (1.3, 2.2)
@@ -207,6 +207,18 @@ def test_betas_and_corrections_of_rounds_that_differ_add_up():
     events = Counter({(coarse, Sampling(example=0.3)): 100, (mechanism(), Sampling(example=0.3)): 100})
     assert math.isfinite(composed(events, events, 2.1e-10).readers.epsilon)
     assert composed(events, events, 1.9e-10).readers.epsilon == math.inf
+
+
+def test_what_smoothing_gives_away_is_charged_for_every_round_and_coordinate(monkeypatch):
+    """With so little smoothing that it shows: epsilon twice the sum's distance more, and delta less."""
+    m = mechanism("device", multiplier=40.0)
+    whole = {rounds: planned(m, Sampling(), 0, rounds, DELTA).coordinator.epsilon for rounds in (50, 100)}
+    monkeypatch.setattr(accounting, "SMOOTHING", 0.9)
+    for rounds, epsilon in whole.items():
+        given_away = 2 * rounds * 1000 * 5 * math.exp(-2 * math.pi**2 * 0.9**2)
+        found = planned(m, Sampling(), 0, rounds, DELTA).coordinator.epsilon
+        assert epsilon + given_away < found < epsilon + 1.2 * given_away
+        assert given_away > 0.02
 
 
 def test_figures_say_against_whom_and_by_which_method():
@@ -349,6 +361,19 @@ def test_a_plan_whose_clip_was_adapted_costs_what_the_plan_costs():
         figures = record(*rounds).figures_of_plan(DELTA, plan)
         assert figures.readers.epsilon == pytest.approx(expected.readers.epsilon, rel=1e-6)
         assert figures.coordinator.epsilon == pytest.approx(expected.coordinator.epsilon, rel=1e-6)
+
+
+def test_what_is_taken_for_the_same_noise_is_charged_for_the_least_of_it(monkeypatch):
+    """A tolerance of one in twenty in place of one in 10^9, so that it shows."""
+    monkeypatch.setattr(accounting, "SAME", 0.05)
+    steps = [(mechanism("device"), Sampling(device=0.3))] * 3
+    weaker = mechanism("device", multiplier=3.0 * 0.951)
+    rounds = record(*[round_record([range(12)], m=weaker, published=True) for _ in range(3)])
+    figures = rounds.figures_of_plan(DELTA, steps)
+    monkeypatch.setattr(accounting, "SAME", 0.0)
+    exact = planned(weaker, Sampling(device=0.3), 3, 3, DELTA)
+    assert exact.readers.epsilon <= figures.readers.epsilon
+    assert exact.coordinator.epsilon <= figures.coordinator.epsilon
 
 
 def test_more_noise_than_planned_is_charged_as_planned():

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.planner import MAX_WRAP, Cohort, FixedNoise, Target, Work, _finest, make_plan, noise_plan
+from coordinator.planner import (
+    MAX_WRAP,
+    Cohort,
+    FixedNoise,
+    Target,
+    Work,
+    _finest,
+    choose_groups,
+    make_plan,
+    noise_plan,
+)
 from edge_sdk.errors import ParameterError
 from edge_sdk.policy import mechanism_of, sampling_of
 from edge_sdk.privacy.ledger_entry import Release, noise_of
@@ -98,6 +108,22 @@ def test_devices_read_in_the_ticket_the_mechanism_and_the_coins_that_were_planne
     assert mechanism_of(round_) == plan.mechanism
     assert sampling_of(round_) == DIGITS.sampling
     assert round_.corrupt == CLASSROOM.corrupt
+
+
+@pytest.mark.parametrize(("multiplier", "groups"), [(5.0, 1), (12.0, 8), (30.0, 64)])
+def test_the_fewest_groups_are_chosen_whose_sums_have_room_for_fine_steps_and_the_noise(multiplier, groups):
+    crowd = Cohort(expected=9000, spread=30, roster=50_000, honest=40, corrupt=0)
+    corrupt = {64: 12, 1: 100, 8: 30}
+    chosen = choose_groups(PHONES, crowd, FixedNoise(multiplier, 1e-6), corrupt)
+    assert chosen == make_plan(PHONES, chosen.cohort, FixedNoise(multiplier, 1e-6))
+    assert (chosen.cohort.groups, chosen.cohort.corrupt) == (groups, corrupt[groups])
+
+
+def test_where_no_number_of_groups_holds_each_ones_reason_is_given():
+    with pytest.raises(ParameterError, match=r"one group: .*contributors.* / 2 groups: .*contributors") as refusal:
+        choose_groups(PHONES, replace(THOUSANDS, honest=480), FixedNoise(2.0, 1e-6), {1: 20, 2: 14})
+    assert "h + F = 500" in str(refusal.value)
+    assert "h + F = 494" in str(refusal.value)
 
 
 @pytest.mark.parametrize(

@@ -761,6 +761,10 @@ def test_a_devices_metrics_are_one_unit_with_means_over_its_examples():
     metrics = device_metrics(device, np.full(40, 0.1), count=50.0, correct=40.0, loss=75.0)
     assert metrics == MetricSums(count=1.0, correct=0.8, loss=1.5, unclipped=1.0)
     assert device_metrics(device, np.full(40, 0.1), 0.0, 0.0, 0.0) == NOTHING
+    assert device_metrics(device, np.zeros(40), 50.0, 50.001, 0.0).correct == 1.0  # what float32 makes of fifty
+    just = np.zeros(40)
+    just[7] = -device.clip
+    assert device_metrics(device, just, 1.0, 0.0, 0.0).unclipped == 1.0  # a vector that clipping leaves as it is
 
 
 @pytest.mark.parametrize(
