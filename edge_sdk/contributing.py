@@ -8,7 +8,7 @@ it sends the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from edge_sdk.bundle import Bundle, Manifest
 from edge_sdk.crypto.hashing import content_hash
 from edge_sdk.crypto.sealing import encapsulate
-from edge_sdk.errors import ParameterError, PeerError, RoundAborted
+from edge_sdk.errors import ParameterError, PeerError, SordinoError
 from edge_sdk.ledger import Ledger
 from edge_sdk.policy import Policy, mechanism_of, sampling_of
 from edge_sdk.privacy.ledger_entry import Release
 from edge_sdk.privacy.mechanism import METRICS, Mechanism, MetricSums, device_metrics, encode
+from edge_sdk.privacy.rdp import BudgetExceeded
 from edge_sdk.protocol import contributor
 from edge_sdk.protocol.authority import FleetEpoch
 from edge_sdk.protocol.contributor import Enrolled, Idle, Sent, Training
@@ -49,8 +50,36 @@ between rounds."""
 def examples_of(source: Source, manifest: Manifest) -> Examples:
     """The examples, for a model with this manifest.
 
-    Raises ParameterError that names what is missing or not of one length; whatever a callable raises.
+    Raises ParameterError that names what is missing or not of one length, or what the callable raised; so does the
+    result's `fetch`.
     """
+    try:
+        return _Blamed(_examples_of(source, manifest))
+    except SordinoError:
+        raise
+    except Exception as error:
+        raise ParameterError(f"the examples: {type(error).__name__}: {error}") from error
+
+
+class _Blamed:
+    """Examples whose own errors are told apart from the trainer's."""
+
+    def __init__(self, examples: Examples) -> None:
+        self._examples, self._size = examples, len(examples)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def fetch(self, indices: NDArray[np.int64]) -> tuple[Sequence[Array], Array]:
+        try:
+            return self._examples.fetch(indices)
+        except SordinoError:
+            raise
+        except Exception as error:
+            raise ParameterError(f"the examples: {type(error).__name__}: {error}") from error
+
+
+def _examples_of(source: Source, manifest: Manifest) -> Examples:
     given = cast("Given", source() if callable(source) and not hasattr(source, "fetch") else source)
     if hasattr(given, "fetch"):
         return cast("Examples", given)
@@ -69,12 +98,63 @@ def examples_of(source: Source, manifest: Manifest) -> Examples:
     return ArrayExamples(np.stack([x for x, _ in pairs]), np.stack([y for _, y in pairs]))
 
 
+class CannotSend(SordinoError):
+    """A contribution that is stored may never leave: drop it and wait for the next round."""
+
+
 @dataclass(frozen=True)
 class Rules:
     """What decides whether a round is entered: the owner's policy, and the account that it bounds."""
 
     policy: Policy
     ledger: Ledger
+
+
+class RulesFile:
+    """policy.toml and the ledger that it bounds, read again when the file changes."""
+
+    def __init__(self, directory: Path, owner: bytes) -> None:
+        self._directory, self._owner = directory, owner
+        self._stamp: tuple[int, ...] | None = None
+        self._rules: Rules | None = None
+
+    @property
+    def stamp(self) -> tuple[int, ...]:
+        """Differs when the file was changed."""
+        try:
+            found = (self._directory / "policy.toml").stat()
+        except OSError:
+            return ()
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def read(self, *, again: bool = True) -> Rules:
+        """Raises ParameterError on a policy that cannot be read, LedgerDamaged, OSError.
+
+        again: look whether the file was changed. Not while a round is under way: the ledger would be closed under it.
+        """
+        stamp = self.stamp
+        if self._rules is None or (again and stamp != self._stamp):
+            self.close()
+            policy = read_policy(self._directory)
+            path = self._directory / "ledger"
+            ledger = Ledger(path, self._owner, policy.protects, policy.lifetime, policy.task_limits)
+            self._rules, self._stamp = Rules(policy, ledger), stamp
+        return self._rules
+
+    def close(self) -> None:
+        """Let go of the ledger; `read` opens it anew, which a failed write to it asks for."""
+        if self._rules is not None:
+            self._rules.ledger.close()
+            self._rules = None
+
+
+def read_policy(directory: Path) -> Policy:
+    """The directory's policy.toml. Raises ParameterError that names the file and the line or field."""
+    path = directory / "policy.toml"
+    try:
+        return Policy.from_toml(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParameterError(f"{path}: {error}") from error
 
 
 def read_bundle(path: Path, task: str, policy: Policy, max_bytes: int) -> Bundle:
@@ -250,13 +330,20 @@ class Contributing:
     def charge(self, ledger: Ledger, now_s: float) -> Sent:
         """Charge the stored contribution, once, however often this is called: afterwards it may be sent.
 
-        Raises BudgetExceeded (the budget was spent elsewhere since the draw: drop the contribution), ParameterError
-        without one, OSError from the disk.
+        Raises CannotSend if it never may; ParameterError, LedgerDamaged or OSError if the ledger cannot be used now.
         """
         if not isinstance(self.state, Sent):
             raise ParameterError(f"{self.task}: there is no contribution to charge")
-        header = message_hash(Header, self.state.contribution.header.body)
-        ledger.charge(self.state.round.tid, header, int(now_s))
+        tid, header = self.state.round.tid, message_hash(Header, self.state.contribution.header.body)
+        draw = ledger.account.draws.get(tid)
+        if draw is None or not draw.takes_part:
+            raise CannotSend("the ledger knows no coin for it: the ledger was replaced, or the state was")
+        if ledger.account.sends.get(tid, header) != header:
+            raise CannotSend("another contribution to this round is charged already: this state was rolled back")
+        try:
+            ledger.charge(tid, header, int(now_s))
+        except BudgetExceeded as error:
+            raise CannotSend(f"the budget was spent since the coin was tossed: {error}") from error
         return self.state
 
     def answer(self, data: bytes, now_s: float) -> None:
@@ -275,13 +362,6 @@ class Contributing:
     def _settle(self, state: Idle) -> None:
         self._store.save_idle(state)
         self.state = state
-
-
-def check_open(training: Training, now_s: float) -> None:
-    """Return while the round can still be contributed to, else raise RoundAborted."""
-    ticket = training.round.ticket
-    if now_s >= ticket.closes_s:
-        raise RoundAborted(f"round {ticket.round} of {ticket.task} has closed")
 
 
 def _nothing() -> Metrics:

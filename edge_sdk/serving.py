@@ -55,8 +55,8 @@ class Serving:
         self._keep(after)
         return reply
 
-    def offers(self, now_s: float) -> list[Signed]:
-        """Every offer that is out and unused, topped up to the full number first. The same ones each time.
+    def offers(self, now_s: float) -> dict[int, Signed]:
+        """Every offer that is out and unused, by serial, topped up to the full number first. The same ones each time.
 
         Those in the last third of their life are kept but do not count: a ticket would soon outlive them.
         """
@@ -68,7 +68,7 @@ class Serving:
             state, _ = member.offer_prekey(state, self._identity, self._fleet, seed, int(now_s) + self._life_s)
         self._keep(state)
         unused = sorted(serial for serial in state.prekeys if serial not in state.bound)
-        return [self._offer(serial) for serial in unused if state.expiry[serial] > now_s]
+        return {serial: self._offer(serial) for serial in unused if state.expiry[serial] > now_s}
 
     def _offer(self, serial: int) -> Signed:
         public = Prekey(self.state.prekeys[serial]).public

@@ -125,7 +125,7 @@ class Store:
         """
         self._owner, self._fleet = owner, fleet
         self._outbox = directory / "outbox"
-        self._epochs: dict[bytes, FleetEpoch] = {}
+        self._epochs: dict[bytes, tuple[FleetEpoch, Signed]] = {}
         self._lock = os.open(directory / "state.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             _lock(self._lock)
@@ -179,7 +179,7 @@ class Store:
             self._run("INSERT OR REPLACE INTO epoch VALUES (?, ?)", epoch.id, encode(signed))
             self._run("UPDATE device SET epoch = ?", epoch.id)
             self._forget_epochs()
-        self._epochs[epoch.id] = epoch
+        self._epochs[epoch.id] = epoch, signed
         return epoch
 
     # The contributor's side.
@@ -239,11 +239,7 @@ class Store:
     def local(self, task: str, bundle: bytes) -> dict[str, F32]:
         """The local parameters of this device for a task's bundle, flat, by name; empty if it has none yet."""
         row = self._one("SELECT parameters FROM local WHERE task = ? AND bundle = ?", task, bundle)
-        if row is None:
-            return {}
-        with _checked(f"the local parameters of {task}"):
-            found = msgspec.msgpack.decode(row[0], type=dict[str, bytes])
-            return {name: np.frombuffer(value, dtype="<f4").astype(np.float32) for name, value in found.items()}
+        return {} if row is None else _unpack_local(task, row[0])
 
     def model(self, task: str) -> Held | None:
         """The task's newest model that was fetched whole."""
@@ -430,9 +426,11 @@ class Store:
         self._run("INSERT OR REPLACE INTO position VALUES (?, ?, ?)", state.task, state.round, state.tid)
 
     def _keep_epoch(self, epoch: FleetEpoch) -> None:
-        self._epochs.setdefault(epoch.id, epoch)
+        """A later epoch may have come while a round of this one was under way."""
         if self._one("SELECT 1 FROM epoch WHERE id = ?", epoch.id) is None:
-            raise ParameterError("a ticket's epoch was not stored: take the epoch first")
+            if epoch.id not in self._epochs:
+                raise ParameterError("a ticket's epoch was not stored: take the epoch first")
+            self._run("INSERT INTO epoch VALUES (?, ?)", epoch.id, encode(self._epochs[epoch.id][1]))
 
     def _forget_epochs(self) -> None:
         self._run(
@@ -449,8 +447,8 @@ class Store:
                 signed = decode(Signed, row[0])
                 if message_hash(Epoch, signed.body) != epoch_id:
                     raise ParameterError("it is another one")
-                self._epochs[epoch_id] = FleetEpoch(self._fleet, signed)
-        return self._epochs[epoch_id]
+                self._epochs[epoch_id] = FleetEpoch(self._fleet, signed), signed
+        return self._epochs[epoch_id][0]
 
     def _round(self, epoch_id: bytes, ticket: bytes) -> Round:
         return Round(self._epoch(epoch_id), decode(Signed, ticket))
@@ -487,12 +485,30 @@ class Store:
 
 def read_outcomes(directory: Path) -> dict[str, Outcome]:
     """The outcomes by task, while perhaps another process works with the state. Raises OSError if it cannot be read."""
+    rows = _peek(directory, "SELECT task, round, what, reason, time_s FROM outcome")
+    return {row[0]: Outcome(*row) for row in rows}
+
+
+def read_model(directory: Path, task: str) -> tuple[Held | None, dict[str, F32]]:
+    """A task's newest model and this device's local parameters for it, read as `read_outcomes` does."""
+    held = [Held(*row) for row in _peek(directory, "SELECT model, bundle, parameters FROM model WHERE task = ?", task)]
+    local = _peek(directory, "SELECT parameters FROM local WHERE task = ?", task)
+    return (held[0] if held else None), (_unpack_local(task, local[0][0]) if local else {})
+
+
+def _unpack_local(task: str, packed: bytes) -> dict[str, F32]:
+    with _checked(f"the local parameters of {task}"):
+        found = msgspec.msgpack.decode(packed, type=dict[str, bytes])
+        return {name: np.frombuffer(value, dtype="<f4").astype(np.float32) for name, value in found.items()}
+
+
+def _peek(directory: Path, statement: str, *values: object) -> list[Row]:
+    address = f"{(directory / 'state.db').absolute().as_uri()}?mode=ro"
     try:
-        with closing(sqlite3.connect(f"{(directory / 'state.db').absolute().as_uri()}?mode=ro", uri=True)) as database:
-            rows = database.execute("SELECT task, round, what, reason, time_s FROM outcome").fetchall()
+        with closing(sqlite3.connect(address, uri=True, timeout=10.0)) as database:
+            return database.execute(statement, values).fetchall()
     except sqlite3.Error as error:
         raise OSError(f"state.db cannot be read now: {error}") from error
-    return {row[0]: Outcome(*row) for row in rows}
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -1,0 +1,780 @@
+"""A device's time at the network: what comes is checked and handled, what is due is done (docs/device.md).
+
+Frames may be lost, repeated or overtaken; everything here may be asked again. What must not be forgotten is in the
+store before anything that follows from it is sent. A frame that breaks the protocol is dropped with a warning.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from edge_sdk import events
+from edge_sdk.contributing import CannotSend, Contributing, Rules, RulesFile, read_bundle
+from edge_sdk.crypto.hashing import content_hash
+from edge_sdk.crypto.identity import Identity
+from edge_sdk.errors import ParameterError, PeerError, RoundAborted, SordinoError
+from edge_sdk.fetching import Fetches
+from edge_sdk.protocol import contributor
+from edge_sdk.protocol.authority import FleetEpoch
+from edge_sdk.protocol.contributor import Enrolled, Sent
+from edge_sdk.protocol.member import Closed, Committed, Inspecting, Released
+from edge_sdk.protocol.messages import (
+    MAX_BODY_BYTES,
+    MAX_MESSAGE_BYTES,
+    Abort,
+    Complaint,
+    Header,
+    Receipt,
+    Signed,
+    Ticket,
+    decode,
+    message_hash,
+    unwrap,
+    verify,
+    wrap,
+)
+from edge_sdk.serving import Serving
+from edge_sdk.store import Outcome, Store
+from edge_sdk.transport import Connected, Lost, Transport
+from edge_sdk.transport.chunks import Blob, parcel_of
+from edge_sdk.transport.wire import (
+    BlobRef,
+    Chunk,
+    Enrolment,
+    Gone,
+    Hello,
+    Leaving,
+    Letter,
+    Model,
+    Parcel,
+    Position,
+    Prekeys,
+    Pull,
+    Refusal,
+    TaskState,
+    Up,
+    Upload,
+    Welcome,
+    decode_down,
+    encode_frame,
+)
+
+if TYPE_CHECKING:
+    pass
+
+from edge_sdk.models import Here, Models
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+HEARTBEAT_S = 120.0
+"""A Hello at least so often: whatever news the network lost is then told again."""
+LOOK_S = 0.05
+"""Between two looks at the network while it trains."""
+SKEW_S = 300.0
+"""A clock that is off by more is worth a warning: tickets would look closed, or certificates not yet valid."""
+_MAX_LETTERS = 16
+_MAX_REPLIES = 8
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where time comes from. time_s: Unix seconds.  monotonic_s: seconds that never go back."""
+
+    time_s: Callable[[], float] = time.time
+    monotonic_s: Callable[[], float] = time.monotonic
+
+
+class _Repeat:
+    """When to say something again: at once, then after growing, jittered delays, from the start after progress."""
+
+    def __init__(self, first_s: float, most_s: float, jitter: Callable[[], float]) -> None:
+        self._first_s, self._most_s, self._jitter = first_s, most_s, jitter
+        self.due_s = 0.0
+        self._tries = 0
+
+    def said(self, now_s: float) -> None:
+        delay_s = min(self._first_s * 2.0 ** min(self._tries, 16), self._most_s)
+        self._tries += 1
+        self.due_s = now_s + delay_s * (0.75 + 0.5 * self._jitter())
+
+    def progress(self, now_s: float) -> None:
+        """An answer came, if not the last one."""
+        self._tries = 0
+        self.said(now_s)
+
+    def restart(self) -> None:
+        """Say it at once."""
+        self._tries = 0
+        self.due_s = 0.0
+
+
+@dataclass
+class _Delivery:
+    """A contribution on its way."""
+
+    sent: Sent
+    header: bytes
+    blob: Blob
+    repeat: _Repeat
+
+
+@dataclass
+class _News:
+    """What of a Welcome is not taken in yet: parts of it may be blobs that are on their way."""
+
+    epoch: Parcel | None
+    enrolment: Enrolment | None
+    tasks: list[TaskState]
+
+
+@dataclass
+class _Entered:
+    """A round that this device's coin chose; nothing of it is stored but the coin."""
+
+    training: contributor.Training
+    enrolled: Enrolled
+    waits: str = ""
+    aborted: bool = False
+
+
+@dataclass
+class Parts:
+    """What a loop is made of."""
+
+    directory: Path
+    identity: Identity
+    fleet: bytes
+    coordinator: bytes
+    store: Store
+    serving: Serving
+    tasks: dict[str, Contributing]
+    rules: RulesFile | None
+    transport: Transport
+    fetches: Fetches
+    max_bundle_bytes: int
+    would_serve: bool
+    clock: Clock
+    entropy: Callable[[int], bytes]
+    conditions: Callable[[], str | None]
+    emit: Callable[[events.Event], None]
+    stopping: Callable[[], bool]
+
+
+class Loop:
+    """One link's time: what came is handled, what is due is done. Everything that matters is in the store."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._p = parts
+        self._online = False
+        self.welcomed = False
+        self._enrolled: Enrolled | None = None
+        self._news: _News | None = None
+        self._epoch_taken: bytes | None = None
+        self._models = Models(parts.store, parts.fetches, self._rules, parts.max_bundle_bytes, parts.emit)
+        self._entered: dict[str, _Entered] = {}
+        self._tickets: dict[str, Signed] = {}
+        self._refused: dict[str, tuple[object, ...]] = {}
+        self._deliveries: dict[str, _Delivery] = {}
+        self._letters: dict[bytes, BlobRef] = {}
+        self._replies: dict[bytes, Blob] = {}
+        self._offered: set[int] = set()
+        self._said: set[str] = set()
+        self._training: str | None = None
+        self._asked = False
+        self._held = dict.fromkeys(name for name, own in parts.tasks.items() if isinstance(own.state, Sent))
+        self._charge = self._repeat(10.0, 600.0)
+        self._looked_s = 0.0
+        self._stamp: tuple[int, ...] = ()
+        self._hello = self._repeat(3.0, 60.0)
+        self.last_frame_s = self._now
+
+    # What the caller turns.
+
+    def turn(self, wait_s: float) -> None:
+        """Wait for a frame, at most so long and not past what is due; handle what came; do what is due."""
+        self._receive(max(0.0, min(wait_s, self._due_s() - self._now)))
+        for _ in range(256):
+            if not self._receive(0.0):
+                break
+        self._tick()
+        self._train()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something waits to be done that can be done now."""
+        return (
+            self._news is not None
+            or bool(self._letters)
+            or bool(self._deliveries)
+            or self._p.fetches.active
+            or any(not entered.waits for entered in self._entered.values())
+        )
+
+    def leave(self) -> None:
+        """Say that it goes."""
+        self._send(Leaving())
+
+    def close(self) -> None:
+        """Let go of files. What was under way is kept."""
+        self._p.fetches.close()
+        for delivery in self._deliveries.values():
+            delivery.blob.close()
+
+    # What comes.
+
+    def _receive(self, wait_s: float) -> bool:
+        item = self._p.transport.receive(wait_s)
+        if item is None:
+            return False
+        if isinstance(item, Connected):
+            self._on_connected()
+        elif isinstance(item, Lost):
+            self._online = self.welcomed = False
+            self._emit(events.Offline(item.reason))
+        else:
+            self.last_frame_s = self._now
+            try:
+                self._on_frame(item)
+            except PeerError as error:
+                self._warn(f"dropped: {error}")
+            except OSError as error:  # a full or failing disk: what was not stored was not answered either
+                self._warn(f"disk: {error}")
+        return True
+
+    def _on_connected(self) -> None:
+        self._online, self.welcomed = True, False
+        self._offered.clear()
+        self._p.fetches.ask_again()
+        self._hello.restart()
+        for delivery in self._deliveries.values():
+            delivery.repeat.restart()
+        self._emit(events.Online())
+
+    def _on_frame(self, data: bytes) -> None:
+        frame = decode_down(data)
+        if isinstance(frame, Welcome):
+            self._on_welcome(frame)
+        elif isinstance(frame, Letter):
+            self._on_parcel(frame.content)
+        elif isinstance(frame, Pull):
+            self._on_pull(frame)
+        elif isinstance(frame, Chunk):
+            if self._p.fetches.add(frame, self._now):
+                self._on_whole()
+        elif isinstance(frame, Gone):
+            if self._p.fetches.gone(frame.blob):
+                self._letters.pop(frame.blob, None)
+                self._on_whole()
+        else:
+            self._on_refusal(frame)
+
+    def _on_welcome(self, frame: Welcome) -> None:
+        first, self.welcomed = not self.welcomed, True
+        self._hello.restart()
+        self._hello.due_s = self._now + HEARTBEAT_S * (0.75 + 0.5 * self._jitter())
+        if self._asked:
+            self._asked = False
+            self._offered.clear()  # what the network lost of them, nobody would miss but the coordinator
+        self._news = _News(frame.epoch, frame.enrolment, list(frame.tasks))
+        skew_s = frame.time_s - self._p.clock.time_s()
+        if abs(skew_s) > SKEW_S:
+            self._warn_once(f"this device's clock is {-skew_s:+.0f} s from the coordinator's: set it")
+        self._take_news()
+        if first:
+            epoch = self._p.store.epoch
+            number = None if epoch is None else epoch.number
+            serves = self._p.serving.serves(epoch)
+            self._emit(events.Welcomed(number, self._enrolled is not None, serves, round(skew_s, 1)))
+
+    def _on_whole(self) -> None:
+        """A blob is whole, or will never be: whatever waited for it looks again."""
+        for blob, ref in list(self._letters.items()):
+            content = self._p.fetches.content(ref, MAX_MESSAGE_BYTES)
+            if content is not None:
+                del self._letters[blob]
+                self._p.fetches.forget(ref)
+                self._guarded(self._on_letter, content)
+        self._take_news()
+        self._take_models()
+
+    def _on_parcel(self, parcel: Parcel) -> None:
+        if isinstance(parcel, bytes):
+            self._on_letter(parcel)
+            return
+        if len(self._letters) >= _MAX_LETTERS and parcel.id not in self._letters:
+            raise PeerError(f"letter: {_MAX_LETTERS} long ones are under way")
+        self._letters[parcel.id] = parcel
+        try:
+            content = self._p.fetches.content(parcel, MAX_MESSAGE_BYTES)
+        except PeerError:
+            del self._letters[parcel.id]
+            raise
+        if content is not None:
+            self._on_whole()
+
+    def _on_letter(self, data: bytes) -> None:
+        kind, message = unwrap(data)
+        if isinstance(message, Signed) and kind is Receipt:
+            self._on_receipt(data, decode(Receipt, message.body).tid)
+            return
+        if isinstance(message, Signed) and kind is Abort:
+            self._on_abort(data, message, decode(Abort, message.body).tid)
+            return
+        self._serve(data)
+
+    def _on_receipt(self, data: bytes, tid: bytes) -> None:
+        for task, delivery in self._deliveries.items():
+            if delivery.sent.round.tid == tid:
+                self._p.tasks[task].answer(data, self._p.clock.time_s())
+                self._end_delivery(task, events.Delivered(task, delivery.sent.round.ticket.round))
+                return
+        # A receipt that was sent twice, or of a contribution that was given up.
+
+    def _on_abort(self, data: bytes, signed: Signed, tid: bytes) -> None:
+        for task, delivery in list(self._deliveries.items()):
+            if delivery.sent.round.tid == tid:
+                self._p.tasks[task].answer(data, self._p.clock.time_s())
+                self._end_delivery(task, self._dropped(delivery.sent, "the coordinator aborted the round"))
+        for entered in self._entered.values():
+            if entered.training.round.tid == tid:
+                contributor.check_abort(entered.training.round, signed)
+                entered.aborted = True
+        if tid in self._p.serving.state.sessions:
+            self._serve(data)
+
+    def _serve(self, data: bytes) -> None:
+        before = self._p.serving.state.sessions
+        reply = self._p.serving.handle(data, self._p.store.epoch, self._p.clock.time_s())
+        if reply is not None:
+            parcel, blob = parcel_of(reply)
+            if blob is not None:
+                self._replies[blob.ref.id] = blob
+                while len(self._replies) > _MAX_REPLIES:
+                    del self._replies[next(iter(self._replies))]
+            self._send(Letter(parcel))
+        for tid, session in self._p.serving.state.sessions.items():
+            if before.get(tid) is not session:
+                what = {Committed: "signed", Released: "released", Closed: "closed"}.get(type(session), "inspected")
+                if isinstance(session, Inspecting) and tid not in before:
+                    what = "joined"
+                elif isinstance(session, Inspecting) and reply is not None and unwrap(reply)[0] is Complaint:
+                    what = "complained"
+                self._emit(events.Answered(session.round.ticket.task, session.round.ticket.round, what))
+
+    def _on_pull(self, pull: Pull) -> None:
+        for delivery in self._deliveries.values():
+            if delivery.blob.ref.id == pull.blob:
+                delivery.repeat.progress(self._now)
+                self._send_chunks(delivery.blob, pull.chunks)
+                return
+        blob = self._replies.get(pull.blob)
+        if blob is None:
+            self._send(Gone(pull.blob))
+        else:
+            self._send_chunks(blob, pull.chunks)
+
+    def _send_chunks(self, blob: Blob, chunks: list[int]) -> None:
+        for index in chunks:
+            try:
+                chunk = blob.chunk(index)
+            except ParameterError as error:
+                raise PeerError(f"pull: {error}") from error
+            self._send(chunk)
+
+    def _on_refusal(self, frame: Refusal) -> None:
+        for task, delivery in self._deliveries.items():
+            if delivery.header == frame.subject:
+                if frame.final:
+                    self._p.tasks[task].leave(delivery.sent)
+                    self._end_delivery(
+                        task, self._dropped(delivery.sent, f"the coordinator refused it: {frame.reason}")
+                    )
+                else:
+                    self._warn(f"{task}: the coordinator does not take the contribution now: {frame.reason}")
+                return
+
+    # News: the epoch, models, tickets.
+
+    def _take_news(self) -> None:
+        """What of the last Welcome is here. Called again whenever a blob is whole."""
+        news = self._news
+        if news is None:
+            return
+        if news.epoch is not None:
+            content, ready = self._content(news.epoch, MAX_BODY_BYTES + 128)
+            if not ready:
+                return
+            parcel, news.epoch = news.epoch, None
+            if content is not None:
+                self._guarded(self._take_epoch, content)
+            if isinstance(parcel, BlobRef):
+                self._p.fetches.forget(parcel)
+        self._enrol(news.enrolment)
+        self._send_offers()
+        news.tasks = [state for state in news.tasks if not self._guarded(self._take_task, state)]
+        if not news.tasks:
+            self._news = None
+        self._take_models()
+
+    def _content(self, parcel: Parcel, max_bytes: int) -> tuple[bytes | None, bool]:
+        """(the bytes or None, whether there is nothing more to wait for)."""
+        if isinstance(parcel, bytes):
+            return parcel, True
+        try:
+            content = self._p.fetches.content(parcel, max_bytes)
+        except PeerError as error:
+            self._warn_once(f"dropped: {error}")
+            return None, True
+        return content, content is not None
+
+    def _take_epoch(self, content: bytes) -> None:
+        digest = content_hash(content)
+        if digest != self._epoch_taken:
+            signed = decode(Signed, content)
+            epoch = FleetEpoch(self._p.fleet, signed)
+            if epoch.frozen.coordinator != self._p.coordinator:
+                raise PeerError("epoch: its coordinator is not the one that this device was enrolled with")
+            self._p.store.save_epoch(signed)
+            self._epoch_taken = digest
+
+    def _enrol(self, enrolment: Enrolment | None) -> None:
+        epoch = self._p.store.epoch
+        self._enrolled = None
+        if epoch is None or enrolment is None:
+            return
+        try:
+            epoch.check_enrolment(enrolment.index, self._p.identity.public_key, enrolment.proof)
+        except PeerError as error:
+            self._warn_once(f"dropped: {error}")
+            return
+        self._enrolled = Enrolled(self._p.identity, enrolment.index, tuple(enrolment.proof))
+
+    def _take_task(self, state: TaskState) -> bool:
+        """Returns whether it was taken whole; else a blob is on its way."""
+        epoch = self._p.store.epoch
+        if epoch is None:
+            return True
+        ticket: Signed | None = None
+        if state.ticket is not None:
+            content, ready = self._content(state.ticket, MAX_BODY_BYTES + 128)
+            if not ready:
+                return False
+            if isinstance(state.ticket, BlobRef):
+                self._p.fetches.forget(state.ticket)
+            ticket = None if content is None else decode(Signed, content)
+        if ticket is not None and self._p.would_serve and self._p.serving.serves(epoch):
+            known = message_hash(Ticket, ticket.body) in self._p.serving.state.sessions
+            if not known:
+                self._guarded(self._serve, wrap(Ticket, ticket))
+                self._send_offers()
+        model = verify(Model, epoch.frozen.coordinator, decode(Signed, state.model))
+        if model.task not in self._p.tasks:
+            return True
+        self._models.want(model, state)
+        if ticket is not None:
+            self._tickets[model.task] = ticket
+            self._consider(model.task)
+        else:
+            self._tickets.pop(model.task, None)
+        return True
+
+    def _take_models(self) -> None:
+        for task, reason in self._models.take().items():
+            self._warn_once(f"{task}: {reason}")
+            self._refuse_entered(task, reason)
+
+    # Rounds.
+
+    def _consider(self, task: str) -> None:
+        """Enter the round of the task's ticket, if it is new and everything allows it."""
+        signed, own = self._tickets[task], self._p.tasks[task]
+        tid = message_hash(Ticket, signed.body)
+        entered = self._entered.get(task)
+        if task == self._training or (entered is not None and entered.training.round.tid == tid):
+            return
+        if isinstance(own.state, Sent) or own.state.tid == tid or self._refused.get(task) == self._view(tid):
+            return
+        if entered is not None:  # its round is over, or the coordinator would not open the next one
+            del self._entered[task]
+        number = -1
+        try:
+            number = decode(Ticket, signed.body).round
+            epoch = self._p.store.epoch
+            if epoch is None or self._enrolled is None:
+                raise PeerError("this device is not in the epoch's roster yet")
+            rules = self._rules()
+            manifest = self._models.manifest(task, decode(Ticket, signed.body).bundle)
+            training = own.enter(signed, epoch, rules, manifest, self._p.clock.time_s())
+        except (SordinoError, OSError) as error:
+            if isinstance(error, OSError) and self._p.rules is not None:
+                self._p.rules.close()
+            self._refuse(task, tid, number, str(error))
+            return
+        if training is None:
+            self._emit(events.SatOut(task, number))
+            self._outcome(task, number, "sat-out", "this device's coin said no")
+        else:
+            self._entered[task] = _Entered(training, self._enrolled)
+
+    def _train(self) -> None:
+        """One round that was entered and whose model is here, if any."""
+        for task, entered in list(self._entered.items()):
+            ticket = entered.training.round.ticket
+            if entered.aborted or self._p.clock.time_s() >= ticket.closes_s:
+                reason = (
+                    "the coordinator aborted the round" if entered.aborted else "the round closed before it trained"
+                )
+                self._give_up(task, entered, reason)
+                continue
+            here = self._models.here.get(task)
+            if here is None or not here.fits(ticket):
+                if not self._models.wants(task) and self._news is None:
+                    self._refuse_entered(task, "the coordinator does not offer the parameters that the ticket names")
+                continue
+            reason = self._p.conditions() or ""
+            if reason:
+                if reason != entered.waits:
+                    self._emit(events.Waiting(task, ticket.round, reason))
+                entered.waits = reason
+                continue
+            entered.waits = ""
+            self._contribute(task, entered, here)
+            return
+
+    def _contribute(self, task: str, entered: _Entered, here: Here) -> None:
+        ticket, own = entered.training.round.ticket, self._p.tasks[task]
+        self._emit(events.Training(task, ticket.round))
+        started_s = self._now
+        self._training = task
+        try:
+            rules = self._rules()
+            bundle = read_bundle(here.bundle, task, rules.policy, self._p.max_bundle_bytes)
+            parameters = here.parameters.read_bytes()
+            sent = own.contribute(
+                entered.training, entered.enrolled, bundle, parameters, rules.ledger, self._p.clock.time_s,
+                lambda: self._stop_training(entered),
+            )  # fmt: skip
+        except RoundAborted as error:
+            if entered.aborted or self._p.clock.time_s() >= ticket.closes_s:
+                self._give_up(task, entered, str(error))
+            elif not self._p.stopping():  # the owner's conditions: go on when they allow it
+                entered.waits = self._p.conditions() or "interrupted"
+                self._emit(events.Waiting(task, ticket.round, entered.waits))
+            return
+        except (SordinoError, OSError) as error:
+            self._refuse_entered(task, str(error))
+            return
+        finally:
+            self._training = None
+        del self._entered[task]
+        self._held[task] = None
+        self._charge.restart()
+        took_s = round(self._now - started_s, 3)
+        if self._deliver(task):
+            self._emit(events.Contributed(task, ticket.round, sent.contribution.size, took_s))
+            self._outcome(task, ticket.round, "contributed", "it waits for the receipt")
+
+    def _stop_training(self, entered: _Entered) -> bool:
+        """Asked between batches. Letters are answered here, so that a committee does not wait for our training."""
+        if self._now - self._looked_s >= LOOK_S:
+            self._looked_s = self._now
+            while self._receive(0.0):
+                pass
+            self._tick()
+        return entered.aborted or self._p.stopping() or self._p.conditions() is not None
+
+    def _deliver(self, task: str) -> bool:
+        """Charge the contribution that is stored, and have it sent: the same bytes, also after a restart.
+
+        Returns whether it goes out. A ledger that cannot be written now is tried again later.
+        """
+        own = self._p.tasks[task]
+        try:
+            sent = own.charge(self._rules().ledger, self._p.clock.time_s())
+        except CannotSend as error:
+            del self._held[task]
+            if isinstance(own.state, Sent):
+                self._emit(self._dropped(own.state, str(error)))
+                own.leave(own.state)
+            return False
+        except (SordinoError, OSError) as error:
+            if self._p.rules is not None:
+                self._p.rules.close()
+            self._warn_once(f"{task}: the contribution that is stored cannot be charged: {error}")
+            return False
+        del self._held[task]
+        blob = Blob.from_file(self._p.store.outbox_path(sent.round.tid))
+        header = message_hash(Header, sent.contribution.header.body)
+        self._deliveries[task] = _Delivery(sent, header, blob, self._repeat(5.0, 300.0))
+        return True
+
+    def _end_delivery(self, task: str, event: events.Event) -> None:
+        delivery = self._deliveries.pop(task)
+        delivery.blob.close()
+        if isinstance(event, events.Delivered):
+            self._outcome(task, event.round, "delivered", "the coordinator's receipt is here")
+        self._emit(event)
+        if task in self._tickets:
+            self._consider(task)
+
+    def _dropped(self, sent: Sent, reason: str) -> events.Dropped:
+        ticket = sent.round.ticket
+        self._outcome(ticket.task, ticket.round, "dropped", reason)
+        return events.Dropped(ticket.task, ticket.round, reason)
+
+    def _give_up(self, task: str, entered: _Entered, reason: str) -> None:
+        del self._entered[task]
+        self._p.tasks[task].leave(entered.training)
+        number = entered.training.round.ticket.round
+        self._outcome(task, number, "dropped", reason)
+        self._emit(events.Dropped(task, number, reason))
+
+    def _refuse_entered(self, task: str, reason: str) -> None:
+        entered = self._entered.pop(task, None)
+        if entered is not None:
+            self._refuse(task, entered.training.round.tid, entered.training.round.ticket.round, reason)
+
+    def _refuse(self, task: str, tid: bytes, number: int, reason: str) -> None:
+        self._refused[task] = self._view(tid)
+        self._outcome(task, number, "refused", reason)
+        self._emit(events.Refused(task, number, reason))
+
+    def _view(self, tid: bytes) -> tuple[object, ...]:
+        """What a refusal rests on: the ticket is looked at again when any of it is another."""
+        return tid, self._stamp, self._enrolled is not None
+
+    def _outcome(self, task: str, number: int, what: str, reason: str) -> None:
+        self._p.store.save_outcome(Outcome(task, number, what, reason, int(self._p.clock.time_s())))
+
+    def _rules(self) -> Rules:
+        if self._p.rules is None:
+            raise ParameterError("this device has no tasks")
+        return self._p.rules.read(again=self._training is None)
+
+    # What is due.
+
+    def _tick(self) -> None:
+        now_s = self._now
+        if self._p.serving.next_expiry_s <= self._p.clock.time_s():
+            self._p.serving.expire(self._p.clock.time_s())
+        for task, delivery in list(self._deliveries.items()):
+            if self._p.clock.time_s() >= delivery.sent.round.ticket.expires_s:
+                self._p.tasks[task].leave(delivery.sent)
+                self._end_delivery(task, self._dropped(delivery.sent, "the round ended without a receipt"))
+        if self._training is None:
+            self._look_at_policy()
+            if self._held and now_s >= self._charge.due_s:
+                self._charge.said(now_s)
+                for task in list(self._held):
+                    self._deliver(task)
+        if not self._online:
+            return
+        if now_s >= self._hello.due_s:
+            self._say_hello()
+        if not self.welcomed:
+            return
+        for pull in self._p.fetches.pulls(now_s):
+            self._send(pull)
+        for delivery in self._deliveries.values():
+            if now_s >= delivery.repeat.due_s:
+                delivery.repeat.said(now_s)
+                self._send(Upload(delivery.sent.contribution.header, delivery.blob.ref))
+
+    def _due_s(self) -> float:
+        """When `_tick` next has something to do, on the monotonic clock."""
+        if any(not entered.waits for entered in self._entered.values()) and not self._p.fetches.active:
+            return 0.0
+        if not self._online:
+            return float("inf")
+        due = [self._hello.due_s]
+        if self._held:
+            due.append(self._charge.due_s)
+        if self.welcomed:
+            due += [self._p.fetches.due_s, *(delivery.repeat.due_s for delivery in self._deliveries.values())]
+        return min(due)
+
+    def _say_hello(self) -> None:
+        self._hello.said(self._now)
+        epoch = self._p.store.epoch
+        positions = []
+        for task, own in self._p.tasks.items():
+            state = own.state
+            positions.append(Position(task, state.round.ticket.round if isinstance(state, Sent) else state.round))
+        self._asked = True
+        self._send(
+            Hello(
+                version=1,
+                epoch=0 if epoch is None else epoch.number,
+                spare_prekeys=self._p.serving.state.spare_prekeys,
+                prekeys_wanted=self._p.would_serve,
+                tasks=positions,
+            )
+        )
+
+    def _send_offers(self) -> None:
+        """Offers of prekeys, if this device serves: all of them after a Hello, then those that are new."""
+        if not (self._p.would_serve and self._p.serving.serves(self._p.store.epoch)):
+            return
+        fresh = {
+            serial: offer
+            for serial, offer in self._p.serving.offers(self._p.clock.time_s()).items()
+            if serial not in self._offered
+        }
+        offers = list(fresh.values())
+        for start in range(0, len(offers), 32):
+            self._send(Prekeys(offers[start : start + 32]))
+        self._offered.update(fresh)
+
+    def _look_at_policy(self) -> None:
+        """What was refused under another policy is looked at again."""
+        if self._p.rules is None:
+            return
+        stamp = self._p.rules.stamp
+        if stamp != self._stamp:
+            self._stamp = stamp
+            for task in list(self._tickets):
+                self._consider(task)
+
+    # Small things.
+
+    @property
+    def _now(self) -> float:
+        return self._p.clock.monotonic_s()
+
+    def _jitter(self) -> float:
+        return int.from_bytes(self._p.entropy(4), "little") / 2**32
+
+    def _repeat(self, first_s: float, most_s: float) -> _Repeat:
+        return _Repeat(first_s, most_s, self._jitter)
+
+    def _send(self, frame: Up) -> None:
+        self._p.transport.send(encode_frame(frame))
+
+    def _emit(self, event: events.Event) -> None:
+        log.debug("%r", event)
+        self._p.emit(event)
+
+    def _warn(self, reason: str) -> None:
+        log.warning("%s", reason)
+        self._p.emit(events.Warned(reason))
+
+    def _warn_once(self, reason: str) -> None:
+        if reason not in self._said:
+            if len(self._said) >= 1024:
+                self._said.clear()
+            self._said.add(reason)
+            self._warn(reason)
+
+    def _guarded(self, call: Callable[[T], bool | None], subject: T) -> bool:
+        """Whether `call` is done with its subject (None says so too). One that the peer broke is, with a warning."""
+        try:
+            return call(subject) is not False
+        except PeerError as error:
+            self._warn_once(f"dropped: {error}")
+            return True
