@@ -7,6 +7,9 @@ for a client that went away would be stale, so it is asked to keep nothing.
 One thread per link owns the paho client and runs its own loop around it, by the interface that paho has for external
 event loops. paho's own thread (`loop_start`) would do with less code, but it hides why a connection failed, waits
 without jitter, reads on when nobody takes what was read, and keeps without bound what could not be sent.
+
+No WebSockets: paho 2.2 loses a message of which the socket takes only a part (its issue 887), as with ours it often
+would.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 import paho.mqtt.client as paho
@@ -52,12 +55,7 @@ BATCH = 256
 FRAME_OVERHEAD_BYTES = 256
 """What a queued frame takes besides its bytes, about: a flood of empty frames is bounded too."""
 
-_SCHEMES: dict[str, tuple[Literal["tcp", "websockets"], bool, int]] = {
-    "mqtts": ("tcp", True, 8883),
-    "wss": ("websockets", True, 443),
-    "mqtt": ("tcp", False, 1883),
-    "ws": ("websockets", False, 80),
-}
+_PORTS = {"mqtts": 8883, "mqtt": 1883}
 
 _UNAVAILABLE = 136
 """paho's reason code for an MQTT 3.1.1 broker that says "server unavailable"."""
@@ -73,12 +71,12 @@ class Credentials:
     certificate_path: Path
     key_path: Path
 
-    def context(self) -> ssl.SSLContext:
+    def context(self) -> _Context:
         """TLS 1.2 or later; the broker's certificate must be of our CA and for the name in the URL.
 
         Raises ParameterError that names the file that cannot be used.
         """
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context = _Context(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
             context.load_verify_locations(cafile=self.ca_path)
@@ -89,6 +87,16 @@ class Credentials:
         except (OSError, ValueError) as error:
             raise ParameterError(f"certificate {self.certificate_path} with key {self.key_path}: {error}") from error
         return context
+
+
+class _Context(ssl.SSLContext):
+    """Remembers its last socket: paho leaves that of a failed handshake to the garbage collector."""
+
+    last: ssl.SSLSocket | None = None
+
+    def wrap_socket(self, *args: Any, **kwargs: Any) -> ssl.SSLSocket:
+        self.last = super().wrap_socket(*args, **kwargs)
+        return self.last
 
 
 def _no_password() -> str:
@@ -142,7 +150,7 @@ class _Link(Generic[T]):
         queue_bytes: int,
         backoff: Backoff,
     ) -> None:
-        self._transport, self._host, self._port, self._path, encrypted = _address_of(url, plaintext)
+        self._host, self._port, encrypted = _address_of(url, plaintext)
         if encrypted != (credentials is not None):
             raise ParameterError(
                 f"{url}: an encrypted link takes credentials, and only an encrypted one has use for them"
@@ -279,7 +287,8 @@ class _Link(Generic[T]):
         self._subscribed = False
         self._refusal = None
         self._last_error = ""
-        client = self._client()
+        context = None if self._credentials is None else self._credentials.context()
+        client = self._client(context)
         try:
             client.connect(self._host, self._port, keepalive=self._keepalive_s)
             self._carry(client)
@@ -287,24 +296,23 @@ class _Link(Generic[T]):
             # Without a DISCONNECT, so that the broker publishes the will. After one there is no socket any more.
             if (sock := client.socket()) is not None:
                 sock.close()
+            if context is not None and context.last is not None:
+                context.last.close()
         if self._refusal is not None:
             raise _Refused(self._refusal)
         return self._last_error or "the broker closed the connection"
 
-    def _client(self) -> paho.Client:
+    def _client(self, context: ssl.SSLContext | None) -> paho.Client:
         # A new one for each connection: nothing of the last one is sent again behind our back.
         client = paho.Client(
             CallbackAPIVersion.VERSION2,
             client_id=self._client_id,
             clean_session=True,
             protocol=paho.MQTTv311,
-            transport=self._transport,
             reconnect_on_failure=False,
         )
-        if self._credentials is not None:
-            client.tls_set_context(self._credentials.context())
-        if self._transport == "websockets":
-            client.ws_set_options(path=self._path)
+        if context is not None:
+            client.tls_set_context(context)
         if self._will is not None:
             topic, payload = self._will
             client.will_set(topic, payload, qos=1, retain=False)
@@ -503,9 +511,8 @@ class MqttTransport:
     ) -> None:
         """Starts to connect, and returns at once.
 
-        url: mqtts://host[:port] or wss://host[:port]/path; mqtt: or ws: too with `plaintext`, for tests on loopback,
-        and then without credentials.  device: its name, the certificate's CN.  in_flight: frames that were sent and
-        not yet acknowledged by the broker.
+        url: mqtts://host[:port]; with `plaintext`, for tests on loopback, mqtt://host[:port] and no credentials.
+        device: its name, the certificate's CN.  in_flight: frames sent and not yet acknowledged by the broker.
         Raises ParameterError on a wrong argument, or if the credentials cannot be read.
         """
         if not DEVICE_NAME.match(device):
@@ -614,29 +621,27 @@ def _inbound(topic: str, payload: bytes) -> Inbound | None:
     return Inbound(device, payload)
 
 
-def _address_of(url: str, plaintext: bool) -> tuple[Literal["tcp", "websockets"], str, int, str, bool]:
-    """Transport, host, port, path, and whether it is encrypted. Raises ParameterError."""
-    parts = urlsplit(url)
-    if parts.scheme not in _SCHEMES:
-        raise ParameterError(f"{url!r}: a broker's URL starts with mqtts:// or wss://")
-    transport, encrypted, port = _SCHEMES[parts.scheme]
-    if not encrypted and not plaintext:
-        raise ParameterError(f"{url!r} is not encrypted: use mqtts:// or wss://")
+def _address_of(url: str, plaintext: bool) -> tuple[str, int, bool]:
+    """Host, port, and whether the link is encrypted. Raises ParameterError."""
     try:
-        port = parts.port or port
+        parts = urlsplit(url)
+        port = parts.port
     except ValueError as error:
         raise ParameterError(f"{url!r}: {error}") from error
-    if not parts.hostname or parts.username is not None or parts.query or parts.fragment:
-        raise ParameterError(f"{url!r}: scheme, host and port are all that it may have, and with wss:// a path")
-    if parts.path not in ("", "/") and transport == "tcp":
-        raise ParameterError(f"{url!r}: only wss:// takes a path")
-    return transport, parts.hostname, port, parts.path or "/mqtt", encrypted
+    if parts.scheme not in _PORTS:
+        raise ParameterError(f"{url!r}: a broker's URL starts with mqtts://")
+    if parts.scheme == "mqtt" and not plaintext:
+        raise ParameterError(f"{url!r} is not encrypted: use mqtts://")
+    if not parts.hostname or port == 0 or "@" in parts.netloc or parts.path not in ("", "/"):
+        raise ParameterError(f"{url!r}: scheme, host and port are all that it may have")
+    if parts.query or parts.fragment:
+        raise ParameterError(f"{url!r}: scheme, host and port are all that it may have")
+    return parts.hostname, port or _PORTS[parts.scheme], parts.scheme == "mqtts"
 
 
 def _without_delay(_client: paho.Client, _data: Any, sock: Any) -> None:
     """Without TCP_NODELAY a small frame waits for the acknowledgement of the one before: 40 ms on Linux."""
-    raw = getattr(sock, "_socket", sock)  # paho wraps a WebSocket
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def _buffered_bytes(sock: Any) -> int:
