@@ -45,7 +45,7 @@ def allowed(name: str, topic: str, action: Action) -> bool:
     return topic == (UP if action is Action.PUBLISH else DOWN) + name
 
 
-class TopicRules(BaseAuthPlugin, BaseTopicPlugin):  # type: ignore[misc] - amqtt is untyped
+class TopicRules(BaseAuthPlugin, BaseTopicPlugin):  # type: ignore[misc]  # amqtt is untyped
     """amqtt's hooks. Who is connected was decided before, at CONNECT: its client id is its certificate's CN."""
 
     async def authenticate(self, *, session: Session) -> bool | None:
