@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 from edge_sdk import events
 from edge_sdk.config import Config, examples_source
 from edge_sdk.contributing import Contributing, RulesFile, Source
-from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError, SordinoError, TransportError
 from edge_sdk.events import Event
 from edge_sdk.fetching import Fetches
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     from edge_sdk.training.trainer import F32
 
 from edge_sdk.loop import Clock, Loop, Parts
-from edge_sdk.models import Predictor
+from edge_sdk.models import Predictor, read_identity
 
 log = logging.getLogger(__name__)
 
@@ -272,12 +271,3 @@ class Device:
 
     def _jitter(self) -> float:
         return int.from_bytes(self._entropy(4), "little") / 2**32
-
-
-def read_identity(directory: Path) -> Identity:
-    """The device's key. Raises ParameterError if it is missing or not one."""
-    path = directory / "identity.key"
-    try:
-        return Identity(path.read_bytes())
-    except (OSError, ParameterError) as error:
-        raise ParameterError(f"{path}: {error}") from error

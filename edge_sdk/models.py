@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from edge_sdk import events
 from edge_sdk.bundle import Manifest
 from edge_sdk.contributing import Rules, read_bundle, read_parameters, read_policy
+from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError, PeerError
 from edge_sdk.fetching import Fetches
 from edge_sdk.protocol.messages import Signed, Ticket, decode
@@ -153,10 +154,7 @@ class Predictor:
     def _read(self, task: str) -> Trainer:
         from edge_sdk.training.onnx import OnnxTrainer
 
-        try:
-            held, local = read_model(self._directory, task)
-        except OSError as error:
-            raise ParameterError(f"{task}: no model is here yet ({error})") from error
+        held, local = read_model(self._directory, task)
         if held is None:
             raise ParameterError(f"{task}: no model is here yet")
         values = {name: value.tobytes() for name, value in local.items()}
@@ -174,3 +172,12 @@ class Predictor:
             trainer.load_local({p.name: local[p.name].reshape(p.shape) for p in table})
         self._trainers[task] = held, values, trainer
         return trainer
+
+
+def read_identity(directory: Path) -> Identity:
+    """The device's key. Raises ParameterError if it is missing or not one."""
+    path = directory / "identity.key"
+    try:
+        return Identity(path.read_bytes())
+    except (OSError, ParameterError) as error:
+        raise ParameterError(f"{path}: {error}") from error

@@ -491,9 +491,43 @@ def read_outcomes(directory: Path) -> dict[str, Outcome]:
 
 def read_model(directory: Path, task: str) -> tuple[Held | None, dict[str, F32]]:
     """A task's newest model and this device's local parameters for it, read as `read_outcomes` does."""
+    if not (directory / "state.db").exists():
+        return None, {}
     held = [Held(*row) for row in _peek(directory, "SELECT model, bundle, parameters FROM model WHERE task = ?", task)]
     local = _peek(directory, "SELECT parameters FROM local WHERE task = ?", task)
     return (held[0] if held else None), (_unpack_local(task, local[0][0]) if local else {})
+
+
+@dataclass(frozen=True)
+class Glance:
+    """What the state says without being opened. Numbers of rounds: -1 for none."""
+
+    epoch: Signed | None
+    positions: Mapping[str, int]
+    """task -> the newest round that a ticket was taken of."""
+    waiting: Mapping[str, int]
+    """task -> the round whose contribution waits for its receipt."""
+    models: Mapping[str, bytes]
+    """task -> the Signed `Model`, encoded."""
+    spare_prekeys: int
+    open_sessions: int
+    """Rounds in which this device serves on the committee and has not released."""
+
+
+def glance(directory: Path) -> Glance:
+    """For `status`, read as `read_outcomes` does. Raises StoreDamaged if the file's pages do not fit together."""
+    damage = _peek(directory, "PRAGMA quick_check(1)")
+    if damage != [("ok",)]:
+        raise StoreDamaged(f"state.db: {damage[0][0]}")
+    signed = _peek(directory, "SELECT signed FROM epoch WHERE id = (SELECT epoch FROM device)")
+    with _checked("the epoch"):
+        epoch = decode(Signed, signed[0][0]) if signed else None
+    positions: dict[str, int] = dict(_peek(directory, "SELECT task, round FROM position"))
+    waiting = [task for (task,) in _peek(directory, "SELECT task FROM contribution")]
+    spare = _peek(directory, "SELECT count(*) FROM prekey WHERE tid IS NULL")[0][0]
+    sessions = _peek(directory, "SELECT count(*) FROM session WHERE phase IN ('Inspecting', 'Committed')")[0][0]
+    models: dict[str, bytes] = dict(_peek(directory, "SELECT task, model FROM model"))
+    return Glance(epoch, positions, {task: positions[task] for task in waiting}, models, spare, sessions)
 
 
 def _unpack_local(task: str, packed: bytes) -> dict[str, F32]:

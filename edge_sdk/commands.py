@@ -1,0 +1,230 @@
+"""The commands `edge-device` and `edge-helper`. stdout is data, stderr is progress and log; no prompts."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from edge_sdk.errors import ParameterError, SordinoError
+
+if TYPE_CHECKING:
+    from edge_sdk.device import Device
+    from edge_sdk.events import Event
+    from edge_sdk.privacy.ledger_entry import Usage
+
+DEFAULT_DIRECTORY = Path("sordino-device")
+
+
+def device_main(arguments: Sequence[str] | None = None) -> int:
+    """`edge-device`. Exit 0: done, 1: failed (the reason is on stderr), 2: usage."""
+    parser, commands = _parser("edge-device", "Train where the data is; send one masked update a round.")
+    join = _joining(commands)
+    join.add_argument(
+        "--task", action="append", default=[], metavar="NAME[=EXAMPLES]",
+        help="allow this task, with examples from file.npz or module:function; may be given several times",
+    )  # fmt: skip
+    run = commands.add_parser("run", help="be a device until told to stop")
+    once = commands.add_parser("once", help="one wake-up: connect, do what is due, leave, say what was done")
+    once.add_argument("--max-seconds", type=float, default=300.0, metavar="S", help="leave by then (300)")
+    status = commands.add_parser("status", help="what this device is, and what became of its last rounds")
+    doctor = commands.add_parser("doctor", help="look at everything that has to be right; exit 1 if something is not")
+    ledger = commands.add_parser("ledger", help="what was spent of the privacy budgets, against whom")
+    return _main(parser, (join, run, once, status, doctor, ledger), arguments)
+
+
+def helper_main(arguments: Sequence[str] | None = None) -> int:
+    """`edge-helper`: an always-on committee member, without examples or tasks."""
+    parser, commands = _parser("edge-helper", "An always-on committee member: it holds shares, never data.")
+    join = _joining(commands)
+    run = commands.add_parser("run", help="serve until told to stop")
+    status = commands.add_parser("status", help="what this helper is, and how many prekeys it has out")
+    doctor = commands.add_parser("doctor", help="look at everything that has to be right; exit 1 if something is not")
+    return _main(parser, (join, run, status, doctor), arguments)
+
+
+def _parser(name: str, description: str) -> tuple[argparse.ArgumentParser, Any]:
+    parser = argparse.ArgumentParser(prog=name, description=description)
+    return parser, parser.add_subparsers(dest="command", required=True)
+
+
+def _joining(commands: Any) -> argparse.ArgumentParser:
+    join: argparse.ArgumentParser = commands.add_parser("join", help="join the fleet that a token invites to, once")
+    given = join.add_mutually_exclusive_group(required=True)
+    given.add_argument("token", nargs="?", metavar="TOKEN", help="from `edge-coordinator invite`")
+    given.add_argument("--token-file", type=Path, metavar="FILE", help="a file that holds it")
+    return join
+
+
+def _main(
+    parser: argparse.ArgumentParser, commands: tuple[argparse.ArgumentParser, ...], arguments: Sequence[str] | None
+) -> int:
+    for command in commands:
+        command.add_argument(
+            "--dir", type=Path, default=DEFAULT_DIRECTORY, metavar="DIR",
+            help=f"where all its state is ({DEFAULT_DIRECTORY})",
+        )  # fmt: skip
+        command.add_argument("--json", action="store_true", help="one object a line on stdout")
+        command.add_argument("--verbose", action="store_true", help="log more to stderr")
+    options = parser.parse_args(arguments)
+    options.role = parser.prog.removeprefix("edge-")
+    logging.basicConfig(
+        level=logging.DEBUG if options.verbose else logging.INFO,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        force=True,
+    )
+    run: Callable[[argparse.Namespace], int] = {
+        "join": _join, "run": _run, "once": _once, "status": _status, "doctor": _doctor, "ledger": _ledger,
+    }[options.command]  # fmt: skip
+    try:
+        return run(options)
+    except (SordinoError, OSError) as error:
+        sys.stderr.write(f"{parser.prog}: {error}\n")
+        return 1
+
+
+def _join(options: argparse.Namespace) -> int:
+    from edge_sdk import enrolment
+
+    token = options.token if options.token_file is None else options.token_file.read_text()
+    role = enrolment.Token.read(token).role
+    if role != options.role:  # before it is spent
+        raise ParameterError(f"this token is for a {role}: `edge-{role} join`")
+    tasks = dict(part.partition("=")[::2] for part in getattr(options, "task", ()))
+    membership = enrolment.join(options.dir, token, tuple(tasks))
+    _add_tasks(options.dir, tasks)
+    if options.json:
+        _print(membership)
+    else:
+        _tell(f"{membership.role} {membership.device} of {membership.fleet}")
+        _tell(f"what it may do is in {options.dir / 'policy.toml'}: read it")
+    return 0
+
+
+def _add_tasks(directory: Path, tasks: dict[str, str]) -> None:
+    """Name the examples of these tasks in device.toml, behind what is there."""
+    from edge_sdk.config import Config, examples_source
+
+    path, known = directory / "device.toml", Config.read(directory).tasks
+    added = ""
+    for task, examples in tasks.items():
+        if examples and task not in known:
+            examples_source(directory, examples)
+            added += f"\n[tasks.{msgspec.json.encode(task).decode()}]\n"
+            added += f"examples = {msgspec.json.encode(examples).decode()}\n"
+    if added:
+        from edge_sdk.enrolment import write_whole
+
+        write_whole(path, (path.read_text() + added).encode())
+        Config.read(directory)
+
+
+def _device(options: argparse.Namespace) -> Device:
+    from edge_sdk.device import Device
+
+    def show(event: Event) -> None:
+        if options.json:
+            _print(event)
+        else:
+            logging.getLogger("edge_sdk").info("%s", event)
+
+    device = Device(options.dir, on_event=show)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        device.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    return device
+
+
+def _run(options: argparse.Namespace) -> int:
+    _device(options).run()
+    return 0
+
+
+def _once(options: argparse.Namespace) -> int:
+    report = _device(options).run_once(options.max_seconds)
+    if options.json:
+        _print({"event": "left", "reason": report.reason, "seconds": report.seconds})
+    else:
+        _tell(f"left after {report.seconds:.1f} s: {report.reason}")
+    return 1 if report.reason == "no connection" else 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from edge_sdk.checkup import status
+
+    found = status(options.dir)
+    if options.json:
+        _print(found)
+        return 0
+    _say(f"{found.role} {found.device[:16]} of {found.fleet}, broker {found.broker}")
+    serving = f", in {found.open_sessions} open rounds of the committee" if found.open_sessions else ""
+    _say(f"epoch {found.epoch if found.epoch is not None else 'unknown yet'}, {found.spare_prekeys} prekeys{serving}")
+    for task in found.tasks:
+        lacks = [text for has, text in ((task.examples, "no examples"), (task.allowed, "not allowed")) if not has]
+        model = "no model yet" if task.model is None else f"model of {task.model} rounds"
+        _say(f"{task.task}: {', '.join([model, *lacks])}")
+        if task.waiting is not None:
+            _say(f"  round {task.waiting} waits for the coordinator's receipt")
+        if task.last is not None:
+            _say(f"  round {task.last.round} {task.last.what}: {task.last.reason}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from edge_sdk.checkup import doctor
+
+    failed = False
+    for finding in doctor(options.dir):
+        failed = failed or finding.ok is False
+        if options.json:
+            _print(finding)
+        else:
+            word = {True: "ok", False: "FAILS", None: "-"}[finding.ok]
+            _say(f"{finding.check:12} {word:6} {finding.detail}")
+    return 1 if failed else 0
+
+
+def _ledger(options: argparse.Namespace) -> int:
+    from edge_sdk.checkup import ledger_summary
+
+    found = ledger_summary(options.dir)
+    if options.json:
+        _print(found)
+        return 0
+    _say(f"{found.entries} entries; the budgets are those of one {found.protects}")
+    _print_usage("lifetime", found.lifetime)
+    for task, usage in found.tasks.items():
+        _print_usage(task, usage)
+    return 0
+
+
+def _print_usage(name: str, usage: Usage) -> None:
+    _say(f"{name}: {usage.rounds_entered} rounds entered, {usage.rounds_sent} sent")
+    for who, spent in (("readers of the models", usage.readers), ("the coordinator", usage.coordinator)):
+        if spent is not None:
+            budget = spent.budget
+            _say(f"  against {who}: epsilon {spent.epsilon:.3f} of {budget.epsilon:g} at delta {budget.delta:g}")
+
+
+def _print(found: Any) -> None:
+    _say(msgspec.json.encode(found).decode())
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(line + "\n")

@@ -1,0 +1,17 @@
+"""edge-helper: an always-on committee member. The same service as a device's, without examples, ledger or policy."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from edge_sdk.commands import helper_main
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit 0: done, 1: failed (the reason is on stderr), 2: usage."""
+    return helper_main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
