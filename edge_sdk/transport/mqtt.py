@@ -333,7 +333,6 @@ class _Link(Generic[T]):
         answer_by_s = time.monotonic() + CONNECT_S
         paused_since_s: float | None = None
         leave_by_s: float | None = None
-        tick_ms = min(5000, self._keepalive_s * 250)
         while (sock := client.socket()) is not None and self._refusal is None:
             now_s = time.monotonic()
             if not self._subscribed and now_s > answer_by_s:
@@ -358,6 +357,8 @@ class _Link(Generic[T]):
             poll.register(fd, reading | writing)
             # TLS may hold bytes that the socket no longer has.
             waiting = reading != 0 and _buffered_bytes(sock) > 0
+            # A steady link wakes the processor for its keepalive alone.
+            tick_ms = 100 if not self._subscribed or leave_by_s is not None else min(5000, self._keepalive_s * 250)
             ready = dict(poll.poll(0 if waiting else tick_ms))
             poll.unregister(fd)
 
@@ -366,11 +367,16 @@ class _Link(Generic[T]):
                     self._wake_in.recv(4096)
             events = ready.get(fd, 0)
             if waiting or events & (select.POLLIN | select.POLLHUP | select.POLLERR | select.POLLNVAL):
-                client.loop_read()
+                self._note(client.loop_read())
             if events & select.POLLOUT:
-                client.loop_write()
+                self._note(client.loop_write())
             self._publish(client)
-            client.loop_misc()
+            self._note(client.loop_misc())
+
+    def _note(self, result: MQTTErrorCode) -> None:
+        """Keep what paho says of the connection's end; what it logged before that says more."""
+        if result not in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_NO_CONN) and not self._last_error:
+            self._last_error = paho.error_string(result)
 
     def _publish(self, client: paho.Client) -> None:
         while len(self._sent) < self._in_flight and client.socket() is not None:
