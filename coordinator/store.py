@@ -649,6 +649,11 @@ class Transaction:
         rows = self._all(sql.select(_models).where(_models.c.task == task).order_by(_models.c.number))
         return [_model(row) for row in rows]
 
+    def newest_models(self, task: str, count: int) -> list[ModelRow]:
+        """The last `count`, by number."""
+        query = sql.select(_models).where(_models.c.task == task).order_by(_models.c.number.desc()).limit(count)
+        return [_model(row) for row in reversed(self._all(query))]
+
     def forget_memory(self, task: str, before: int) -> list[bytes]:
         """Models before this number keep their parameters and no optimiser state. Returns the files to delete."""
         old = sql.and_(_models.c.task == task, _models.c.number < before, _models.c.memory.is_not(None))

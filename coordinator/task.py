@@ -78,9 +78,11 @@ from coordinator.optimizer import Optimizer, pack_memory
 from coordinator.store import ModelRow, Store, StoreError, TaskRow
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import ParameterError, PeerError
+from edge_sdk.privacy.mechanism import METRICS, Mechanism
+from edge_sdk.privacy.rdp import Budget, Sampling
 from edge_sdk.protocol import messages
 from edge_sdk.protocol.messages import MAX_CONTRIBUTORS, MAX_GROUPS, MAX_ROSTER, Loops, NoisePlan, Work
-from edge_sdk.protocol.plan import corrupt_in_group
+from edge_sdk.protocol.plan import corrupt_in_group, delta_bits
 
 Above0 = Annotated[float, Meta(gt=0.0, lt=1e30)]
 AtLeast0 = Annotated[float, Meta(ge=0.0, lt=1e30)]
@@ -312,6 +314,26 @@ class Planned(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     ledger_coordinator: float
     text: str
 
+    @property
+    def mechanism(self) -> Mechanism:
+        """The plan's, at its own clip."""
+        noise = self.noise
+        return Mechanism(
+            unit=noise.unit,
+            dimension=self.dimension - (METRICS if noise.metric_scale else 0),
+            clip=noise.clip,
+            granularity=noise.granularity,
+            sigma=noise.sigma,
+            honest=self.honest,
+            modulus_bits=32 - delta_bits(self.n_max),
+            metric_scale=noise.metric_scale,
+            loss_bound=noise.loss_bound,
+        )
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.noise.device_rate, self.noise.example_rate)
+
     def readers_epsilon(self, published: int) -> float | None:
         """Epsilon by PLD against readers after so many models; None beyond the plan."""
         return _at(self.readers, published)
@@ -345,7 +367,6 @@ def plan(task: Task, bundle: Bundle, roster: int, corrupt_devices: int) -> Plann
     Raises ParameterError that says which requirement fails and what would meet it.
     """
     from coordinator import accounting, planner  # 75 MB, so only here
-    from edge_sdk.privacy.rdp import Budget, Sampling
 
     privacy, table = task.privacy, task.cohort
     if bundle.manifest.unit != task.unit:

@@ -1,0 +1,152 @@
+"""Blobs on their way in: who may send now, who waits, who stalls (docs/services.md section 3).
+
+The coordinator pulls. A pull is a grant: memory for the whole blob is set aside before its first chunk is asked for, so
+what uploads take is bounded by the memory that is given here, whatever the fleet does. Pure: time is an argument.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from edge_sdk.errors import PeerError
+from edge_sdk.protocol.messages import Signed
+from edge_sdk.transport.chunks import Download
+from edge_sdk.transport.wire import BlobRef, Chunk, Pull
+
+STALL_S = 30.0
+"""A grant that brought nothing for so long goes to whoever waits."""
+
+_LEFT_S = float("-inf")
+"""In place of when it last sent something, for a device that went away."""
+
+
+@dataclass
+class Arrival:
+    """One blob of one device.  header, tid: of the contribution that it is; None for a member's letter."""
+
+    device: str
+    ref: BlobRef
+    header: Signed | None
+    tid: bytes | None
+    download: Download | None = field(default=None, repr=False)
+    """None while it waits."""
+    last_s: float = 0.0
+
+
+Key = tuple[str, bytes]
+
+
+class Arrivals:
+    """Grants, and a queue of those that wait for one, in the order in which they asked."""
+
+    def __init__(self, memory_bytes: int, stall_s: float = STALL_S) -> None:
+        """memory_bytes: of all grants together."""
+        self.memory_bytes = memory_bytes
+        self._stall_s = stall_s
+        self._free = memory_bytes
+        self._granted: dict[Key, Arrival] = {}
+        self._waiting: OrderedDict[Key, Arrival] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._granted) + len(self._waiting)
+
+    @property
+    def granted_bytes(self) -> int:
+        """Memory in use."""
+        return self.memory_bytes - self._free
+
+    def ask(
+        self, device: str, ref: BlobRef, header: Signed | None, tid: bytes | None, now_s: float, limit: int = 4
+    ) -> None:
+        """A device offers a blob. Asking again changes nothing, but for one that had left: it goes on where it was.
+
+        limit: blobs that one device may have on their way.
+        Raises PeerError on more than that, or a blob that no grant can hold.
+        """
+        key = (device, ref.id)
+        granted = self._granted.get(key)
+        if granted is not None and granted.download is not None and granted.last_s == _LEFT_S:
+            granted.last_s = now_s
+            granted.download.ask_again()
+        if key in self._granted or key in self._waiting:
+            return
+        if ref.size > self.memory_bytes:
+            raise PeerError(f"a blob of {ref.size} bytes is more than the {self.memory_bytes} that uploads may take")
+        if sum(owner == device for owner, _ in (*self._granted, *self._waiting)) >= limit:
+            raise PeerError(f"more than {limit} blobs of this device are on their way already")
+        self._waiting[key] = Arrival(device, ref, header, tid, last_s=now_s)
+
+    def holds(self, device: str, blob: bytes) -> bool:
+        return (device, blob) in self._granted or (device, blob) in self._waiting
+
+    def pulls(self, now_s: float) -> Iterator[tuple[str, Pull]]:
+        """What to ask of whom now: grants to those that wait as far as memory goes, and what granted ones need."""
+        self._free_stalled(now_s)
+        while self._waiting:
+            key, arrival = next(iter(self._waiting.items()))
+            if arrival.ref.size > self._free:
+                break  # in order: a large one is not overtaken for ever by small ones
+            del self._waiting[key]
+            self._free -= arrival.ref.size
+            arrival.download, arrival.last_s = Download(arrival.ref), now_s
+            self._granted[key] = arrival
+        for arrival in self._granted.values():
+            if arrival.download is not None and arrival.last_s != _LEFT_S and arrival.download.due_s <= now_s:
+                pull = arrival.download.pull(now_s)
+                if pull is not None:
+                    yield arrival.device, pull
+
+    def add(self, device: str, chunk: Chunk, now_s: float) -> Arrival | None:
+        """Take a chunk. Returns the arrival when it is complete; it stays granted until `end`.
+
+        Raises PeerError if it is not of a blob that this device was granted.
+        """
+        arrival = self._granted.get((device, chunk.blob))
+        if arrival is None or arrival.download is None:
+            raise PeerError("chunk: of a blob that it was not asked for")
+        if arrival.download.add(chunk, now_s):
+            arrival.last_s = now_s
+        return arrival if arrival.download.complete else None
+
+    def end(self, device: str, blob: bytes) -> None:
+        """It is dealt with, or gone: the memory is free."""
+        self._waiting.pop((device, blob), None)
+        arrival = self._granted.pop((device, blob), None)
+        if arrival is not None:
+            self._free += arrival.ref.size
+            arrival.download = None
+
+    def leave(self, device: str) -> None:
+        """The device went away. What came of its blobs is kept until somebody else needs the memory."""
+        for key in [key for key in self._waiting if key[0] == device]:
+            del self._waiting[key]
+        for key, arrival in self._granted.items():
+            if key[0] == device:
+                arrival.last_s = _LEFT_S
+
+    def end_round(self, tid: bytes) -> None:
+        """Nothing of this round is taken any more."""
+        both = {**self._granted, **self._waiting}
+        for key in [key for key, arrival in both.items() if arrival.tid == tid]:
+            self.end(*key)
+
+    @property
+    def due_s(self) -> float:
+        """When `pulls` next has something: infinity if nothing is under way."""
+        here = (arrival for arrival in self._granted.values() if arrival.last_s != _LEFT_S)
+        times = [arrival.download.due_s for arrival in here if arrival.download is not None]
+        if self._waiting and next(iter(self._waiting.values())).ref.size <= self._free:
+            return 0.0
+        return min(times, default=float("inf"))
+
+    def _free_stalled(self, now_s: float) -> None:
+        if not self._waiting:
+            return
+        for key, arrival in list(self._granted.items()):
+            if now_s - arrival.last_s >= self._stall_s:
+                self.end(*key)
+                if arrival.last_s != _LEFT_S:
+                    arrival.last_s = now_s
+                    self._waiting[key] = arrival  # behind the others

@@ -1,0 +1,1004 @@
+"""The coordinator's loop: frames in, one transaction, answers out (docs/services.md sections 4 and 5).
+
+Every step handles a batch. What the batch changes is collected; vectors are flushed, then rows are written in one
+transaction, then the answers leave. So a kill loses only what nobody was told, and a restart goes on with the same
+rounds. If the transaction fails, memory is ahead of the disk: the error ends the server, which starts again from disk.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from coordinator import events, rounds
+from coordinator.arrivals import Arrival, Arrivals
+from coordinator.events import Event
+from coordinator.live import LiveRound, Opened, no_sums, slot_bytes
+from coordinator.mail import Mail
+from coordinator.optimizer import pack_memory, unpack_memory
+from coordinator.store import (
+    AnchorRow,
+    ContributionRow,
+    DeviceRow,
+    EpochRow,
+    ModelRow,
+    RoundRow,
+    Store,
+    TaskRow,
+    Transaction,
+)
+from coordinator.task import Planned, Task, load
+from edge_sdk.crypto.identity import Identity
+from edge_sdk.crypto.sealing import check_prekey
+from edge_sdk.errors import ParameterError, PeerError, RoundAborted
+from edge_sdk.protocol import aggregator, messages
+from edge_sdk.protocol.aggregator import Aborted, Certified, Collecting, Done, Sealed
+from edge_sdk.protocol.anchors import Anchored, Anchors, LedgerForked
+from edge_sdk.protocol.authority import FIRST, FleetEpoch, Roster
+from edge_sdk.protocol.contributor import Contribution
+from edge_sdk.protocol.messages import (
+    Abort,
+    Anchor,
+    Complaint,
+    Header,
+    PrekeyOffer,
+    Receipt,
+    Release,
+    SealSignature,
+    Signed,
+    message_hash,
+    unwrap,
+    verify,
+    wrap,
+)
+from edge_sdk.protocol.rounds import Round, prekey_public, sign_ticket
+from edge_sdk.transport import Connected, Hub, Inbound, Lost
+from edge_sdk.transport.chunks import Blob, chunk_count, parcel_of
+from edge_sdk.transport.wire import (
+    MAX_TASKS,
+    BlobRef,
+    Chunk,
+    Down,
+    Enrolment,
+    Gone,
+    Hello,
+    Leaving,
+    Letter,
+    Model,
+    Parcel,
+    Prekeys,
+    Pull,
+    Refusal,
+    TaskState,
+    Upload,
+    Welcome,
+    decode_up,
+    encode_frame,
+)
+
+log = logging.getLogger(__name__)
+
+UPLOAD_MEMORY = 64 << 20
+MAX_SPARE_PREKEYS = 256
+"""Unused offers that are kept of one member."""
+
+LOOK_S = 0.5
+"""How often the store is asked whether a command changed something."""
+
+MAX_LETTER_BYTES = 1 << 20
+"""Of a member's letter: the longest, a release of 64 groups, has 262 kB."""
+
+INLINE_TICKETS = 48 << 10
+"""Bytes of tickets in one Welcome; further ones are fetched."""
+
+MODELS_SERVED = 3
+"""Newest models of a task that devices can fetch: who began before the last one was published ends in peace."""
+
+
+class Authority(Protocol):
+    """The fleet authority, as far as the server needs it. Its key may lie elsewhere."""
+
+    @property
+    def public_key(self) -> bytes:
+        """The fleet authority's."""
+
+    def next_epoch(
+        self,
+        devices: Sequence[bytes],
+        helpers: Sequence[bytes],
+        groups: Sequence[int],
+        previous: EpochRow | None,
+        now_s: float,
+    ) -> Signed | None:
+        """A signed epoch of this roster, or None if there is none to be had now: then the old one goes on.
+
+        devices, helpers: keys of those enrolled and not revoked.  groups: numbers of groups that tasks ask for.
+        Raises ParameterError if no safe committee can be made of them, with what would do.
+        """
+
+
+@dataclass
+class _Present:
+    """A device that said Hello and has not left."""
+
+    tasks: frozenset[str] = frozenset()
+
+
+@dataclass
+class _Running:
+    """A task that is not done, with what the server keeps of it."""
+
+    row: TaskRow
+    task: Task
+    planned: Planned
+    model: ModelRow
+    sends: Counter[bytes] = field(default_factory=Counter)
+    """Contributions of each device, by key."""
+    next_s: float = 0.0
+    """No ticket before this time."""
+    reason: str = ""
+    """Why there is no ticket, as it was said last."""
+    models: list[ModelRow] = field(default_factory=list)
+    """The newest ones."""
+
+
+@dataclass
+class _Fleet:
+    """The epoch in force."""
+
+    epoch: FleetEpoch
+    row: EpochRow
+    roster: Roster
+    parcel: Parcel
+
+
+Effect = Callable[[Transaction], None]
+
+
+def _ignore(_: object) -> None:
+    """The default for hooks."""
+
+
+class Server:
+    """One coordinator on one store. Not thread-safe: one thread calls `step`, `run` and `close`."""
+
+    def __init__(
+        self,
+        store: Store,
+        hub: Hub,
+        identity: Identity,
+        authority: Authority,
+        *,
+        clock: Callable[[], float],
+        entropy: Callable[[int], bytes],
+        upload_memory: int = UPLOAD_MEMORY,
+        on_event: Callable[[Event], None] = _ignore,
+        passed: Callable[[str], None] = _ignore,
+    ) -> None:
+        """Takes the store's one place for a server and goes on with every round that is in it.
+
+        identity: the coordinator's.  clock: Unix seconds.  entropy: so many fresh secret bytes (os.urandom).
+        upload_memory: bytes that uploads on their way may take.  passed: called at each point of the write order, by
+        name; tests kill the process there.
+        Raises StoreError if another process serves, or the store is damaged.
+        """
+        store.serve_alone()
+        store.sweep()
+        self._store, self._hub, self._identity, self._authority = store, hub, identity, authority
+        self._clock, self._entropy, self._on_event, self._passed = clock, entropy, on_event, passed
+        self._arrivals = Arrivals(upload_memory)
+        self._mail = Mail(hub)
+        self._effects: list[Effect] = []
+        self._after: list[Callable[[], None]] = []
+        """What follows once the rows are written, before the answers leave."""
+        self._new: dict[bytes, list[ContributionRow]] = {}
+        self._devices: dict[str, DeviceRow] = {}
+        self._present: dict[str, _Present] = {}
+        self._seen: set[str] = set()
+        self._fleet: _Fleet | None = None
+        self._epochs: dict[int, FleetEpoch] = {}
+        self._tasks: dict[str, _Running] = {}
+        self._live: dict[bytes, LiveRound] = {}
+        self._files: dict[bytes, Blob] = {}
+        """Content hash of a file -> the blob that devices fetch."""
+        self._blobs: dict[bytes, Blob] = {}
+        """Blob id -> what anybody in the fleet may fetch."""
+        self._loose: dict[bytes, bytes] = {}
+        """Round or epoch -> the blob that it is sent as, if it is long."""
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="opening")
+        self._changes = -1
+        self._look_s = 0.0
+        self._anchors = self._load_anchors()
+        self._refresh()
+        self._restore_rounds()
+
+    # --- the loop
+
+    def run(self, should_stop: Callable[[], bool]) -> None:
+        """Step until `should_stop()`; it is asked at least every half second."""
+        while not should_stop():
+            self.step(self._patience())
+
+    def step(self, timeout_s: float) -> None:
+        """Handle what came within `timeout_s`, and what is due. See the module's docstring for the order."""
+        inbound = self._hub.receive(timeout_s)
+        now_s = self._clock()
+        for item in inbound:
+            match item:
+                case Inbound(device, frame):
+                    self._on_frame(device, frame, now_s)
+                case Connected():
+                    log.info("connected to the broker")
+                case Lost(reason):
+                    log.warning("lost the broker: %s", reason)
+        self._look(now_s)
+        for live in list(self._live.values()):
+            self._advance(live, now_s)
+        self._commit()
+        for running in list(self._tasks.values()):
+            self._next_ticket(running, now_s)
+        self._write_letters(now_s)
+        self._commit()  # what tickets gave cause for; their own rows are written
+        self._mail.send_answers(lambda: self._passed("answer sent"))
+        for device, pull in self._arrivals.pulls(now_s):
+            self._hub.send(device, encode_frame(pull))
+        self._mail.send_bulk()
+
+    def close(self) -> None:
+        """Stop. Nothing needs to be said or written: what counts is on disk."""
+        self._worker.shutdown(wait=True)
+        for live in self._live.values():
+            live.vectors.close()
+        for blob in self._files.values():
+            blob.close()
+        self._store.close()
+
+    def _patience(self) -> float:
+        """How long the loop may wait for frames."""
+        now_s = self._clock()
+        if self._mail.has_bulk:
+            return 0.01
+        due = min(LOOK_S, self._arrivals.due_s - now_s)
+        for live in self._live.values():
+            if live.opening is not None:
+                due = min(due, 0.02)
+            elif isinstance(live.state, Collecting):
+                grace = live.task.schedule.grace_s
+                due = min(due, rounds.seal_due_s(live.state, live.full_at_s, grace) - now_s)
+            if live.behind(self._present):
+                due = min(due, 0.1)
+        return max(due, 0.0)
+
+    def _commit(self) -> None:
+        """Vectors, then rows, then what follows from rows that are written."""
+        effects, after, new = self._effects, self._after, self._new
+        self._effects, self._after, self._new = [], [], {}
+        if self._seen:
+            keys, now_s = [bytes.fromhex(device) for device in sorted(self._seen)], self._clock()
+            self._seen.clear()
+            effects.append(lambda t: t.seen(keys, now_s))
+        for tid, contributions in new.items():
+            live = self._live[tid]
+            live.vectors.sync()
+            self._passed("vectors synced")
+            effects.insert(0, _adding(tid, contributions))
+            if live.wants_checkpoint():
+                slots, name = live.save()
+                self._passed("sums saved")
+                effects.append(_checkpointing(tid, slots, name))
+                after.append(lambda live=live, slots=slots: live.vectors.drop_sums(but=slots))  # type: ignore[misc]
+        if effects:
+            with self._store.transaction() as t:
+                for effect in effects:
+                    effect(t)
+                self._passed("before commit")
+            self._passed("committed")
+        for follow in after:
+            follow()
+
+    def _say(self, event: Event) -> None:
+        """Tell whoever watches, once it is true on disk."""
+        self._after.append(lambda: self._on_event(event))
+
+    # --- what is in the store
+
+    def _load_anchors(self) -> Anchors:
+        newest: dict[bytes, dict[str, Anchored]] = {}
+        forked = set()
+        with self._store.reading() as t:
+            for row in t.anchors():
+                if row.forked:
+                    forked.add(row.device)
+                else:
+                    newest.setdefault(row.device, {})[row.task] = Anchored(row.round, Anchor(row.entries, row.link))
+        return Anchors(newest, frozenset(forked))
+
+    def _refresh(self) -> None:
+        """Read what commands may have changed: devices, epochs, tasks."""
+        with self._store.reading() as t:
+            changes = t.changes()
+            if changes == self._changes:
+                return
+            self._changes = changes
+            devices, newest = t.devices(), t.newest_epoch()
+            rows = t.tasks()
+            new = {
+                row.name: (t.newest_models(row.name, MODELS_SERVED), self._count_sends(t, row.name))
+                for row in rows
+                if row.name not in self._tasks
+            }
+        self._devices = {row.key.hex(): row for row in devices if row.revoked_s is None}
+        for device in set(self._present) - set(self._devices):
+            self._leave(device)
+        for row in rows:
+            if row.name in self._tasks:
+                self._tasks[row.name].row = row
+                continue
+            models, sends = new[row.name]
+            self._tasks[row.name] = _Running(row, *load(row), models[-1], sends, models=models)
+            for device in self._present:
+                self._welcome(device)
+        self._offer_blobs()
+        if newest is not None and (self._fleet is None or newest.id != self._fleet.row.id):
+            self._begin(newest)
+
+    def _count_sends(self, t: Transaction, task: str) -> Counter[bytes]:
+        counter: Counter[bytes] = Counter()
+        rosters: dict[int, tuple[bytes, ...]] = {}
+        for row in t.rounds(task):
+            if row.epoch not in rosters:
+                rosters[row.epoch] = t.epoch(row.epoch).roster
+            counter.update(rosters[row.epoch][c.sender] for c in t.contributions(row.tid))
+        return counter
+
+    def _begin(self, row: EpochRow) -> None:
+        """An epoch of the store is in force."""
+        epoch = self._epoch(row)
+        parcel, blob = parcel_of(row.signed)
+        self._fleet = _Fleet(epoch, row, Roster(row.roster), parcel)
+        if blob is not None:
+            self._blobs[blob.ref.id] = blob
+            self._loose[row.id] = blob.ref.id
+        self._on_event(events.EpochBegan(row.number, len(row.roster), len(epoch.members)))
+        for device in self._present:
+            self._welcome(device)
+
+    def _epoch(self, row: EpochRow) -> FleetEpoch:
+        if row.number not in self._epochs:
+            signed = messages.decode(Signed, row.signed)
+            self._epochs[row.number] = FleetEpoch(self._authority.public_key, signed)
+        return self._epochs[row.number]
+
+    def _restore_rounds(self) -> None:
+        with self._store.reading() as t:
+            for row in t.active_rounds():
+                epoch = self._epoch(t.epoch(row.epoch))
+                round_ = Round(epoch, messages.decode(Signed, row.ticket))
+                contributions = t.contributions(row.tid)
+                state = rounds.restore(
+                    round_, row, contributions, t.complaints(row.tid), t.signatures(row.tid), t.releases(row.tid)
+                )
+                task_row = t.task(row.task)
+                if task_row is None:
+                    continue
+                task, planned = load(task_row)
+                live = self._new_round(task, planned, round_, row.model, state)
+                live.restore(contributions, t.checkpoint(row.tid))
+                if isinstance(state, Collecting) and len(state.entries) >= round_.ticket.n_max:
+                    live.full_at_s = self._clock()
+                if isinstance(state, Sealed):
+                    for member in state.signatures:
+                        live.posts[member].has_signed = True
+                if isinstance(state, Certified):
+                    for member in state.answers:
+                        live.posts[member].has_answered = True
+                self._live[row.tid] = live
+                log.info("%s of %s goes on with %d contributions", round_, row.task, len(contributions))
+        self._offer_blobs()
+
+    def _new_round(self, task: Task, planned: Planned, round_: Round, model: int, state: rounds.State) -> LiveRound:
+        vectors = self._store.vectors(round_.tid, round_.ticket.n_max, slot_bytes(round_))
+        return LiveRound(task, planned, round_, model, state, vectors, no_sums(round_))
+
+    def _offer_blobs(self) -> None:
+        """The files that devices may fetch now: of every task its bundle and newest models, and of open rounds."""
+        wanted: dict[bytes, None] = {}
+        for running in self._tasks.values():
+            wanted[running.row.bundle_file] = None
+            wanted.update((model.parameters, None) for model in running.models)
+        for live in self._live.values():
+            wanted[live.round.ticket.parameters] = None
+        for name in set(self._files) - set(wanted):
+            blob = self._files.pop(name)
+            self._blobs.pop(blob.ref.id, None)
+        for name in wanted:
+            if name not in self._files:
+                blob = self._files[name] = Blob.from_file(self._store.blob_path(name))
+                self._blobs[blob.ref.id] = blob
+        current = {*self._live, *([self._fleet.row.id] if self._fleet is not None else [])}
+        for owner in set(self._loose) - current:
+            self._blobs.pop(self._loose.pop(owner), None)
+
+    # --- frames
+
+    def _on_frame(self, device: str, data: bytes, now_s: float) -> None:
+        """One frame. A bad one is dropped with one line in the log; nothing has changed then."""
+        try:
+            if device not in self._devices:
+                raise PeerError("it is not enrolled, or was revoked")
+            frame = decode_up(data)
+            match frame:
+                case Hello():
+                    self._on_hello(device, frame, now_s)
+                case Leaving():
+                    self._leave(device)
+                case Prekeys():
+                    self._on_prekeys(device, frame, now_s)
+                case Letter():
+                    self._on_letter(device, frame, now_s)
+                case Upload():
+                    self._on_upload(device, frame, now_s)
+                case Chunk():
+                    self._on_chunk(device, frame, now_s)
+                case Pull():
+                    self._on_pull(device, frame)
+                case Gone():
+                    self._arrivals.end(device, frame.blob)
+        except (PeerError, RoundAborted) as error:
+            log.warning("device %s: %s", device[:16], error)
+            self._on_event(events.Refused(device, str(error)))
+
+    def _answer(self, device: str, frame: Down) -> None:
+        self._mail.answer(device, encode_frame(frame))
+
+    def _on_hello(self, device: str, hello: Hello, now_s: float) -> None:
+        self._present[device] = _Present(frozenset(position.task for position in hello.tasks))
+        self._seen.add(device)
+        for live in self._live.values():
+            for post in live.posts.values():
+                if post.device == device:
+                    post.again()
+        self._welcome(device)
+
+    def _leave(self, device: str) -> None:
+        self._present.pop(device, None)
+        self._arrivals.leave(device)
+        self._mail.forget(device)
+        for live in self._live.values():
+            for post in live.posts.values():
+                if post.device == device:
+                    post.pulling.clear()
+
+    def _welcome(self, device: str) -> None:
+        """Tell a device where things stand, when there is room."""
+        self._mail.note(device, lambda: self._welcome_frame(device))
+
+    def _welcome_frame(self, device: str) -> bytes | None:
+        present, row = self._present.get(device), self._devices.get(device)
+        if present is None or row is None:
+            return None
+        fleet, enrolment = self._fleet, None
+        if fleet is not None and row.role == "device":
+            try:
+                index, proof = fleet.roster.enrolment(row.key)
+                enrolment = Enrolment(index, list(proof))
+            except ParameterError:
+                pass  # enrolled after the roster was frozen: the next epoch holds it
+        states, inline = [], 0
+        for name, running in self._tasks.items():
+            live = self._open_round(name)
+            serves = live is not None and any(post.device == device for post in live.posts.values())
+            if not serves and not (name in present.tasks and _takes_part(running.task, row)):
+                continue
+            ticket: Parcel | None = None
+            model = running.model
+            if live is not None:
+                data = messages.encode(live.round.signed)
+                ticket, blob = parcel_of(data)
+                inline += len(data)
+                if blob is None and inline > INLINE_TICKETS:
+                    blob = Blob.of(data)
+                    ticket = blob.ref
+                if blob is not None:
+                    self._blobs[blob.ref.id] = blob
+                    self._loose[live.tid] = blob.ref.id
+                # Whoever takes the ticket needs the model that it names, though a newer one may be out.
+                model = next((m for m in running.models if m.number == live.number_of_model), model)
+            states.append(self._task_state(running, model, ticket))
+        epoch = fleet.parcel if fleet is not None else None
+        return encode_frame(Welcome(int(self._clock()), epoch, enrolment, states[:MAX_TASKS]))
+
+    def _task_state(self, running: _Running, model: ModelRow, ticket: Parcel | None) -> TaskState:
+        planned = running.planned
+        signed = messages.sign(self._identity, Model(running.task.name, model.number, planned.bundle, model.parameters))
+        bundle, parameters = (self._files[name].ref for name in (running.row.bundle_file, model.parameters))
+        return TaskState(messages.encode(signed), bundle, parameters, ticket)
+
+    def _open_round(self, task: str) -> LiveRound | None:
+        """The task's round that takes contributions."""
+        now_s = self._clock()
+        for live in self._live.values():
+            if live.task.name == task and isinstance(live.state, Collecting) and now_s < live.round.ticket.closes_s:
+                return live
+        return None
+
+    def _on_prekeys(self, device: str, frame: Prekeys, now_s: float) -> None:
+        key = bytes.fromhex(device)
+        with self._store.reading() as t:
+            spare = t.spare_prekeys(key, now_s)
+            fresh: dict[int, tuple[bytes, int]] = {}
+            for signed in frame.offers:
+                offer = verify(PrekeyOffer, key, signed)
+                if (offer.fleet, offer.member) != (self._authority.public_key, key):
+                    raise PeerError(f"prekey {offer.serial}: for another fleet or member")
+                data = messages.encode(signed)
+                before = fresh[offer.serial][0] if offer.serial in fresh else t.prekey(key, offer.serial)
+                if before is not None:
+                    if before != data:
+                        raise PeerError(
+                            f"prekey {offer.serial}: another one than it offered before: a rolled-back member"
+                        )
+                    continue
+                if offer.expires_s <= now_s or spare + len(fresh) >= MAX_SPARE_PREKEYS:
+                    continue
+                check_prekey(prekey_public(offer))
+                fresh[offer.serial] = (data, offer.expires_s)
+        self._effects.append(lambda t: _keep_prekeys(t, key, fresh))
+
+    # --- uploads
+
+    def _on_upload(self, device: str, frame: Upload, now_s: float) -> None:
+        header = messages.decode(Header, frame.header.body)
+        digest = message_hash(Header, frame.header.body)
+        if header.key.hex() != device:
+            raise PeerError("upload: its header names another device")
+        live = self._live.get(header.tid)
+        if self._receipt_again(device, header, digest, live):
+            return
+        refusal = self._why_not(device, header, live, now_s)
+        if refusal is not None:
+            self._arrivals.end(device, frame.blob.id)
+            self._answer(device, Refusal(digest, refusal, final=True))
+            raise RoundAborted(f"upload: {refusal}")
+        if live is not None and frame.blob.size != live.upload_bytes:
+            self._answer(device, Refusal(digest, "the upload has not the ticket's size", final=True))
+            raise PeerError(f"upload: {frame.blob.size} bytes instead of {live.upload_bytes}")
+        self._arrivals.ask(device, frame.blob, frame.header, header.tid, now_s)
+
+    def _receipt_again(self, device: str, header: Header, digest: bytes, live: LiveRound | None) -> bool:
+        """Answer with the receipt if this contribution was taken, also after the round: the first may be lost.
+
+        Raises PeerError if another one of this sender was.
+        """
+        taken = live.digests.get(header.sender) if live is not None else self._taken(header)
+        if taken is None:
+            return False
+        if taken != digest:
+            self._answer(device, Refusal(digest, "another contribution of this device was taken", final=True))
+            raise PeerError(f"upload: sender {header.sender} already sent another one in this round")
+        receipt = messages.sign(self._identity, Receipt(header.tid, header.sender, digest))
+        self._answer(device, Letter(wrap(Receipt, receipt)))
+        return True
+
+    def _taken(self, header: Header) -> bytes | None:
+        with self._store.reading() as t:
+            return t.contribution_of(header.tid, header.sender)
+
+    def _why_not(self, device: str, header: Header, live: LiveRound | None, now_s: float) -> str | None:
+        if live is None:
+            return "the round has ended, or never was"
+        if not isinstance(live.state, Collecting) or now_s >= live.round.ticket.closes_s:
+            return "the round has closed"
+        if len(live.state.entries) >= live.round.ticket.n_max:
+            return f"the round has its {live.round.ticket.n_max} contributions"
+        if not _takes_part(live.task, self._devices[device]):
+            return "this device does not bear the task's tags"
+        return None
+
+    def _on_chunk(self, device: str, chunk: Chunk, now_s: float) -> None:
+        if not self._arrivals.holds(device, chunk.blob):
+            return  # late or repeated: what it was for is dealt with
+        arrival = self._arrivals.add(device, chunk, now_s)
+        if arrival is None or arrival.download is None:
+            return
+        view = arrival.download.view()
+        try:
+            if arrival.header is None:
+                self._on_member_message(device, bytes(view), now_s)
+            else:
+                self._take(device, arrival, arrival.header, view, now_s)
+        finally:
+            self._arrivals.end(device, chunk.blob)
+
+    def _take(self, device: str, arrival: Arrival, signed: Signed, view: memoryview, now_s: float) -> None:
+        """A whole upload: into the round, or back with the reason."""
+        header = messages.decode(Header, signed.body)
+        digest = message_hash(Header, signed.body)
+        live = self._live.get(header.tid)
+        if self._receipt_again(device, header, digest, live):
+            return
+        refusal = self._why_not(device, header, live, now_s)
+        if live is None or refusal is not None or len(view) != live.upload_bytes:
+            self._answer(device, Refusal(digest, refusal or "the upload has not the ticket's size", final=True))
+            raise RoundAborted(f"upload: {refusal}")
+        contribution = Contribution(signed, view[: live.masked_bytes], bytes(view[live.masked_bytes :]))  # type: ignore[arg-type]
+        try:
+            accepted = aggregator.accept(live.state, contribution, self._identity, now_s, self._anchors)
+        except LedgerForked:
+            self._remember_fork(live, header)
+            self._answer(device, Refusal(digest, "its ledger was rolled back or cloned: enrol it anew", final=True))
+            raise
+        except (PeerError, RoundAborted) as error:
+            self._answer(device, Refusal(digest, str(error)[:512], final=True))
+            raise
+        if accepted.shares is None or not isinstance(accepted.state, Collecting):
+            self._answer(device, Letter(accepted.receipt))
+            return
+        live.state = accepted.state
+        row = live.take(header.sender, live.state.entries[header.sender], view, accepted.shares)
+        self._passed("vector written")
+        self._new.setdefault(live.tid, []).append(row)
+        self._seen.add(device)
+        running = self._tasks.get(live.task.name)
+        if running is not None:
+            running.sends[header.key] += 1
+        if len(live.slots) >= live.round.ticket.n_max:
+            live.full_at_s = now_s
+        ticket = live.round.ticket
+        self._say(events.Contributed(ticket.task, ticket.round, device, len(live.slots), arrival.ref.size))
+        self._answer(device, Letter(accepted.receipt))
+
+    def _remember_fork(self, live: LiveRound, header: Header) -> None:
+        ticket = live.round.ticket
+        self._anchors = self._anchors.shown(ticket.task, ticket.round, [header])
+        row = AnchorRow(header.key, "", ticket.round, header.ledger.entries, header.ledger.link, forked=True)
+        self._effects.append(lambda t: t.set_anchors([row]))
+
+    # --- members
+
+    def _on_letter(self, device: str, frame: Letter, now_s: float) -> None:
+        if isinstance(frame.content, BlobRef):
+            if frame.content.size > MAX_LETTER_BYTES:
+                raise PeerError(f"letter: {frame.content.size} bytes, {MAX_LETTER_BYTES} at most")
+            self._arrivals.ask(device, frame.content, None, None, now_s)
+            return
+        self._on_member_message(device, frame.content, now_s)
+
+    def _on_member_message(self, device: str, data: bytes, now_s: float) -> None:
+        kind, message = unwrap(data)
+        if kind not in (Complaint, SealSignature, Release) or not isinstance(message, Signed):
+            raise PeerError(f"{messages.label_of(kind)}: not a message to a coordinator")
+        said: Complaint | SealSignature | Release = messages.decode(kind, message.body)  # type: ignore[assignment]
+        live = self._live.get(said.tid)
+        if live is None:
+            log.debug("device %s: %s for a round that has ended", device[:16], messages.label_of(kind))
+            return
+        before = live.state
+        after = aggregator.step(before, data)
+        if not isinstance(after, Collecting | Sealed | Certified):
+            raise PeerError(f"{messages.label_of(kind)}: not expected")
+        live.state = after
+        self._seen.add(device)
+        tid, number = live.tid, said.member
+        if isinstance(said, Complaint) and isinstance(after, Collecting):
+            named = after.complaints[number]
+            self._effects.append(lambda t: t.set_complaints(tid, number, named))
+        elif isinstance(said, SealSignature):
+            live.posts[number].has_signed = True
+            signature = message.signature
+            self._effects.append(lambda t: t.set_signature(tid, number, signature))
+            if isinstance(after, Certified) and isinstance(before, Sealed):
+                certificate = messages.encode(after.certificate)
+                self._effects.append(lambda t: t.set_certified(tid, certificate))
+                self._say(events.RoundCertified(live.task.name, live.round.ticket.round))
+        elif isinstance(said, Release):
+            live.posts[number].has_signed = live.posts[number].has_answered = True
+            release = messages.encode(message)
+            self._effects.append(lambda t: t.set_release(tid, number, release))
+
+    def _on_pull(self, device: str, frame: Pull) -> None:
+        blob = self._blobs.get(frame.blob)
+        for live in self._live.values():
+            for post in live.posts.values():
+                if post.device == device and frame.blob in post.pulling:
+                    blob, missing, _ = post.pulling[frame.blob]
+                    missing.difference_update(frame.chunks)
+                    post.fetch = rounds.Repeat.after(self._clock(), 10.0)
+                    if not missing:
+                        del post.pulling[frame.blob]
+                        post.fetched = {frame.blob: blob}
+                elif post.device == device and frame.blob in post.fetched:
+                    blob = post.fetched[frame.blob]
+        if blob is None:
+            self._answer(device, Gone(frame.blob))
+            return
+        self._mail.serve(device, blob, [index for index in frame.chunks if index < chunk_count(blob.ref.size)])
+
+    # --- what is due
+
+    def _look(self, now_s: float) -> None:
+        if now_s >= self._look_s:
+            self._look_s = now_s + LOOK_S
+            self._refresh()
+
+    def _write_letters(self, now_s: float) -> None:
+        for live in self._live.values():
+            for post in live.posts.values():
+                if post.device in self._present:
+                    live.repeat(post, now_s)
+                    for frame in live.letters(post, now_s):
+                        self._mail.answer(post.device, frame)
+
+    def _advance(self, live: LiveRound, now_s: float) -> None:
+        """The round's own next step, if it is due."""
+        state, ticket = live.state, live.round.ticket
+        if isinstance(state, Collecting):
+            if now_s >= rounds.seal_due_s(state, live.full_at_s, live.task.schedule.grace_s):
+                self._seal(live, state, now_s)
+        elif isinstance(state, Sealed):
+            if now_s >= ticket.expires_s:
+                came, needed = len(state.signatures), live.round.thresholds.quorum
+                self._abort(live, state, f"{came} members signed in time, {needed} needed", now_s)
+        elif live.opening is not None:
+            if live.opening.done():
+                opened, live.opening = live.opening.result(), None
+                self._opened(live, opened, now_s)
+        else:
+            everyone = len(state.answers) == len(live.posts)
+            final = everyone or now_s >= ticket.expires_s
+            first = min(other.round.ticket.round for other in self._live.values() if other.task.name == ticket.task)
+            if ticket.round != first:
+                return  # models follow each other: the round before is still being opened
+            if (state.openable or final) and live.tried != (len(state.answers), final):
+                live.tried = (len(state.answers), final)
+                live.opening = self._worker.submit(self._open, live, state, final)
+
+    def _seal(self, live: LiveRound, state: Collecting, now_s: float) -> None:
+        result = aggregator.seal(state, self._identity, now_s)
+        self._keep_anchors(live)
+        if isinstance(result, Aborted):
+            self._end_aborted(live, result, now_s)
+            return
+        live.state, tid = result, live.tid
+        seal = messages.encode(result.seal)
+        self._effects.append(lambda t: t.set_sealed(tid, seal))
+        ticket, kept = live.round.ticket, len(result.entries)
+        self._say(events.RoundSealed(ticket.task, ticket.round, kept, len(live.slots) - kept))
+
+    def _keep_anchors(self, live: LiveRound) -> None:
+        """From now on a device whose ledger forgot this round's entries gives itself away."""
+        ticket = live.round.ticket
+        headers = [messages.decode(Header, signed.body) for signed in live.headers]
+        self._anchors = self._anchors.shown(ticket.task, ticket.round, headers)
+        rows = [
+            AnchorRow(h.key, ticket.task, ticket.round, h.ledger.entries, h.ledger.link, forked=False)
+            for h in headers
+            if h.key not in self._anchors.forked
+        ]
+        self._effects.append(lambda t: t.set_anchors(rows))
+
+    def _abort(self, live: LiveRound, state: Collecting | Sealed, reason: str, now_s: float) -> None:
+        self._end_aborted(live, aggregator.abort(state, self._identity, reason), now_s)
+
+    def _end_aborted(self, live: LiveRound, aborted: Aborted, now_s: float) -> None:
+        ticket, tid = live.round.ticket, live.tid
+        notice, reason = messages.encode(aborted.notice), aborted.reason
+        self._effects.append(lambda t: t.set_aborted(tid, notice, reason, now_s))
+        for post in live.posts.values():
+            self._answer(post.device, Letter(wrap(Abort, aborted.notice)))
+        self._say(events.RoundAborted(ticket.task, ticket.round, reason))
+        self._end(live, now_s)
+
+    def _end(self, live: LiveRound, now_s: float) -> None:
+        """The round is over: after the rows are written its files go."""
+        del self._live[live.tid]
+        self._arrivals.end_round(live.tid)
+        running = self._tasks.get(live.task.name)
+        if running is not None:
+            running.next_s = now_s + live.task.schedule.pause_s
+
+        def erase() -> None:
+            live.vectors.close()
+            self._store.erase_round(live.tid)
+            self._offer_blobs()
+            self._tell(live.task)
+
+        self._after.append(erase)
+
+    def _tell(self, task: Task) -> None:
+        """Something of the task changed: say so to those that are present and take part."""
+        serving = {
+            post.device for live in self._live.values() if live.task.name == task.name for post in live.posts.values()
+        }
+        for device, present in self._present.items():
+            if task.name in present.tasks or device in serving:
+                self._welcome(device)
+
+    # --- opening
+
+    def _open(self, live: LiveRound, state: Certified, final: bool) -> Opened:
+        """In the worker: nothing of the server is changed here but files by content hash."""
+        result = aggregator.open_round(state, live.sums_of_sealed(state.groups), self._identity, final=final)
+        if isinstance(result, Certified):
+            return Opened(result, None, None, "")
+        with self._store.reading() as t:
+            base = t.newest_model(live.task.name)
+        if base is None:
+            return Opened(result, None, None, "the task has no model")
+        parameters = np.frombuffer(self._store.blob(base.parameters), dtype="<f4").astype(np.float32)
+        memory = unpack_memory(self._store.blob(base.memory)) if base.memory is not None else {}
+        try:
+            model = rounds.next_model(live.task, live.round, result, parameters, memory, base.number, self._entropy(32))
+        except RoundAborted as error:
+            return Opened(result, None, None, str(error))
+        files = (
+            self._store.put_blob(model.parameters.astype("<f4").tobytes()),
+            self._store.put_blob(pack_memory(model.memory)),
+        )
+        self._passed("model written")
+        return Opened(result, model, files, "; ".join(dict.fromkeys(result.reasons.values())))
+
+    def _opened(self, live: LiveRound, opened: Opened, now_s: float) -> None:
+        state = live.state
+        if not isinstance(opened.state, Done) or not isinstance(state, Certified):
+            return  # not with these answers: another one may repair it
+        ticket, tid, done = live.round.ticket, live.tid, opened.state
+        transcript, reason = messages.encode(done.transcript), opened.reason
+        self._effects.append(lambda t: t.set_done(tid, transcript, reason, now_s))
+        running = self._tasks.get(ticket.task)
+        if opened.model is None or opened.files is None or running is None:
+            self._say(events.RoundAborted(ticket.task, ticket.round, reason))
+            self._end(live, now_s)
+            return
+        salt = self._entropy(32)
+        before, model = running.model, opened.model
+        row = ModelRow(
+            ticket.task, before.number + 1, *opened.files, before.parameters, tid, model.clip,
+            live.task.cohort.expected, salt, rounds.set_hash(salt, state.digest), dict(model.metrics), now_s,
+        )  # fmt: skip
+        dropped: list[bytes] = []
+
+        def publish(t: Transaction) -> None:
+            t.add_model(row)
+            dropped.extend(t.forget_memory(row.task, row.number))
+            if row.number >= live.task.rounds:
+                t.set_task_state(row.task, "done")
+
+        self._effects.append(publish)
+        self._after.append(lambda: self._store.drop_blobs(dropped))
+        running.model = row
+        running.models = [*running.models, row][-MODELS_SERVED:]
+        came = sum(group.contributors for group in done.sums.values())
+        spent = rounds.spent(live.task, live.planned, row.number, max(running.sends.values(), default=0))
+        opened_s = ticket.closes_s - live.task.schedule.open_s
+        self._say(
+            events.ModelPublished(
+                ticket.task, ticket.round, row.number, came, row.metrics, spent, model.clip, now_s - opened_s, reason
+            )
+        )
+        if row.number >= live.task.rounds:
+            self._say(events.TaskDone(ticket.task))
+        self._end(live, now_s)
+
+    # --- the next ticket
+
+    def _next_ticket(self, running: _Running, now_s: float) -> None:
+        if running.row.state != "running" or now_s < running.next_s:
+            return
+        before = [live for live in self._live.values() if live.task.name == running.task.name]
+        if before and not (running.task.schedule.overlap and all(isinstance(b.state, Certified) for b in before)):
+            return
+        if running.model.number + len(before) >= running.task.rounds:
+            return
+        try:
+            reason = self._try_ticket(running, now_s)
+        except ParameterError as error:
+            reason = str(error)
+        if reason is not None:
+            running.next_s = now_s + LOOK_S
+            if reason != running.reason:
+                running.reason = reason
+                log.info("task %s waits: %s", running.task.name, reason)
+                self._on_event(events.Waiting(running.task.name, reason))
+
+    def _try_ticket(self, running: _Running, now_s: float) -> str | None:
+        """Issue the task's next ticket, or say why not."""
+        task, planned = running.task, running.planned
+        _, expires_s = rounds.ticket_times(task, now_s)
+        self._refresh()
+        enrolled = sum(_takes_part(task, row) for row in self._devices.values())
+        if enrolled < task.cohort.expected:  # no epoch for each device that joins
+            return f"{enrolled} devices may take part, and the task plans with {task.cohort.expected:g}"
+        problem = self._renew_epoch(expires_s, now_s)
+        fleet = self._fleet
+        if fleet is None:
+            return problem or "there is no epoch yet"
+        in_roster = set(fleet.row.roster)
+        may = sum(row.key in in_roster and _takes_part(task, row) for row in self._devices.values())
+        reason = rounds.why_not_yet(task, planned, fleet.epoch, may, expires_s)
+        if reason is not None:
+            return f"{reason}; {problem}" if problem else reason
+        used, offers = [], []
+        with self._store.reading() as t:
+            for member in fleet.epoch.members:
+                found = t.next_prekey(member.key, expires_s)
+                if found is None:
+                    return f"member {member.key.hex()[:16]} has offered no prekey that lives as long as the ticket"
+                used.append((member.key, found[0]))
+                offers.append(messages.decode(Signed, found[1]))
+            last, row = t.last_round(task.name), t.task(task.name)
+        if row is None or row.state != "running":
+            return "the task was paused"
+        ticket = rounds.make_ticket(
+            task, planned, fleet.epoch, running.model,
+            number=row.next_round, previous=last.tid if last is not None else FIRST, offers=offers, now_s=now_s,
+        )  # fmt: skip
+        round_ = sign_ticket(self._identity, fleet.epoch, ticket)
+        round_row = RoundRow(
+            round_.tid, task.name, ticket.round, fleet.row.number, messages.encode(round_.signed),
+            running.model.number, "COLLECT", now_s, None, None, None, None, None, "",
+        )  # fmt: skip
+        with self._store.transaction() as t:  # at once: another task must not find the same prekeys
+            t.add_round(round_row, used)
+            self._passed("before commit")
+        self._passed("committed")
+        self._live[round_.tid] = self._new_round(task, planned, round_, running.model.number, Collecting(round_))
+        running.reason = ""
+        self._offer_blobs()
+        self._say(events.RoundOpened(task.name, ticket.round, ticket.n_max, ticket.closes_s))
+        self._tell(task)
+        return None
+
+    def _renew_epoch(self, needed_s: int, now_s: float) -> str | None:
+        """A new epoch if the roster changed or the old one would end too early. Returns why there is none, or None."""
+        devices = sorted(row.key for row in self._devices.values() if row.role == "device")
+        helpers = sorted(row.key for row in self._devices.values() if row.role == "helper")
+        fleet = self._fleet
+        groups = sorted({1, *(running.planned.groups for running in self._tasks.values())})
+        if fleet is not None:
+            frozen = fleet.epoch.frozen
+            same = tuple(devices) == fleet.row.roster and (not frozen.helpers or frozen.helpers == helpers)
+            if same and needed_s <= frozen.expires_s and set(groups) <= set(fleet.epoch.corrupt_in_group):
+                return None
+        if not devices:
+            return "no device is enrolled"
+        previous = fleet.row if fleet is not None else None
+        try:
+            signed = self._authority.next_epoch(devices, helpers, groups, previous, now_s)
+        except ParameterError as error:
+            return str(error)
+        if signed is None:
+            return "the fleet authority has not signed the new roster"
+        epoch = FleetEpoch(self._authority.public_key, signed)
+        row = EpochRow(epoch.number, epoch.id, messages.encode(signed), tuple(devices), now_s)
+        if epoch.frozen.roster_root != Roster(devices).root:
+            raise ParameterError("the authority signed another roster than it was given")
+        with self._store.transaction() as t:
+            t.add_epoch(row)
+        self._epochs[row.number] = epoch
+        self._begin(row)
+        return None
+
+
+def _takes_part(task: Task, row: DeviceRow) -> bool:
+    return row.role == "device" and (not task.participants or not row.tags.isdisjoint(task.participants))
+
+
+def _adding(tid: bytes, contributions: list[ContributionRow]) -> Effect:
+    return lambda t: t.add_contributions(tid, contributions)
+
+
+def _checkpointing(tid: bytes, slots: int, name: bytes) -> Effect:
+    return lambda t: t.set_checkpoint(tid, slots, name)
+
+
+def _keep_prekeys(t: Transaction, member: bytes, fresh: dict[int, tuple[bytes, int]]) -> None:
+    for serial, (offer, expires_s) in fresh.items():
+        if t.prekey(member, serial) is None:
+            t.add_prekey(member, serial, offer, expires_s)
