@@ -412,6 +412,18 @@ def test_a_round_that_is_not_its_step_of_the_plan_leaves_only_figures_by_rdp(ste
     assert rounds.figures(DELTA).coordinator.epsilon > 0
 
 
+def test_rounds_of_one_unit_are_not_a_plan_of_the_other():
+    rounds = record(round_record([range(12)], m=mechanism("device", multiplier=9.0), published=True))
+    with pytest.raises(ParameterError, match="step 0"):
+        rounds.figures_of_plan(DELTA, [(mechanism("example"), Sampling(device=0.3))])
+
+
+def test_by_pld_too_noise_whose_level_shows_the_number_of_contributors_takes_the_coins_amplification_away():
+    unsteady = record(*[round_record([range(12)], published=True, steady_noise=False) for _ in range(3)])
+    for plan in (None, [(mechanism("device"), Sampling(device=0.3))] * 3):
+        assert unsteady.figures_of_plan(DELTA, plan) == planned(mechanism("device"), Sampling(), 3, 3, DELTA)
+
+
 def test_more_rounds_than_planned_and_noise_steady_in_some_only_leave_only_figures_by_rdp():
     step = (mechanism("device"), Sampling(device=0.3))
     rounds = [round_record([range(12)], published=True) for _ in range(3)]

@@ -21,9 +21,9 @@ from coordinator.planner import (
     make_plan,
     noise_plan,
 )
-from edge_sdk.errors import ParameterError
-from edge_sdk.policy import mechanism_of, sampling_of
-from edge_sdk.privacy.ledger_entry import Release, noise_of
+from edge_sdk.errors import ParameterError, PeerError
+from edge_sdk.policy import Policy, default_policy_toml, mechanism_of, sampling_of
+from edge_sdk.privacy.ledger_entry import Account, Draw, Release, Send, noise_of
 from edge_sdk.privacy.rdp import Budget, BudgetExceeded, Filter, Sampling, against_coordinator, against_readers
 from edge_sdk.protocol import reference
 from edge_sdk.protocol.plan import delta_bits
@@ -98,13 +98,36 @@ def test_a_plan_with_fixed_noise_is_the_one_that_a_target_of_its_epsilon_asks_fo
     assert again.mechanism.granularity == pytest.approx(digits().mechanism.granularity, rel=3e-3)
 
 
+def digits_round(plan):
+    fleet = reference.make_fleet(bytes(32), 20, corrupt=2)
+    return reference.open_ticket(
+        fleet, bytes(32), plan.mechanism.length, n_max=CLASSROOM.n_max, honest=plan.cohort.honest,
+        noise=noise_plan(plan), task="digits",
+    )  # fmt: skip
+
+
+def test_a_device_that_just_joined_and_allows_the_task_runs_the_demonstrations_plan_to_its_end():
+    plan = digits()
+    round_ = digits_round(plan)
+    frozen = round_.epoch.frozen
+    rules = Policy.from_toml(default_policy_toml(frozen.fleet, frozen.coordinator, [bytes(32)], ["digits"]))
+    rules.terms("digits", bytes(32)).check(round_)
+    rules.check_round(round_)
+    account = Account(rules.protects, rules.lifetime, rules.task_limits)
+    release = Release.of(mechanism_of(round_), sampling_of(round_))
+    for number in range(DIGITS.rounds):
+        tid = number.to_bytes(32, "little")
+        for entry in (Draw("digits", number, tid, bytes(32), release, True, 0), Send(tid, bytes(32), 0)):
+            account.check(entry)
+            account.record(entry)
+    nothing_allowed = Policy.from_toml(default_policy_toml(frozen.fleet, frozen.coordinator, [bytes(32)], []))
+    with pytest.raises(PeerError, match="task digits is not among"):
+        nothing_allowed.check_round(round_)
+
+
 def test_devices_read_in_the_ticket_the_mechanism_and_the_coins_that_were_planned():
     plan = digits()
-    fleet = reference.make_fleet(bytes(32), 20, corrupt=2)
-    round_ = reference.open_ticket(
-        fleet, bytes(32), plan.mechanism.length, n_max=CLASSROOM.n_max, honest=plan.cohort.honest,
-        noise=noise_plan(plan),
-    )  # fmt: skip
+    round_ = digits_round(plan)
     assert mechanism_of(round_) == plan.mechanism
     assert sampling_of(round_) == DIGITS.sampling
     assert round_.corrupt == CLASSROOM.corrupt
