@@ -1,4 +1,4 @@
-"""`python -m examples.demo`: a coordinator, a broker and 20 devices, each a process; killed, restarted, and held to a target.
+"""`python -m examples.demo`: a coordinator, a broker and 20 devices, each a process, some killed, held to a target.
 
 Nothing is simulated: tokens, certificates, MQTT over mutual TLS, masks, noise and ledgers are those of the field. What
 is shown while it runs comes from the coordinator's own events; the held-out accuracy is measured here, afterwards.
@@ -25,6 +25,7 @@ from rich.table import Table
 
 from coordinator.task import Task
 from edge_sdk.bundle import Bundle
+from edge_sdk.training.trainer import F32
 from examples.demo import baselines, data, picture
 from examples.demo.fleet import Line, Process, Said, call
 
@@ -78,7 +79,7 @@ class Progress:
                 self.model = line["model"]
                 self.accuracy = line["metrics"].get("accuracy")
                 spent = line["spent"]
-                self.readers, self.coordinator = spent["readers"]["epsilon"], spent["coordinator"]["epsilon"]
+                self.readers, self.coordinator = spent["readers"], spent["coordinator"]
                 self.published.append(line)
             case "waiting":
                 self.state = str(line["reason"])
@@ -201,7 +202,7 @@ class Demo:
             self.processes[name].start()
             self.progress.note(f"{name} was started again")
 
-    def models(self) -> list[np.ndarray[tuple[int], np.dtype[np.float32]]]:
+    def models(self) -> list[F32]:
         """Every round's model, from the first sum on."""
         out = self.folder / "models"
         call(
@@ -218,10 +219,7 @@ class Demo:
         )
         return [np.load(path) for path in sorted(out.glob("*.npy"))][1:]
 
-    def judge(
-        self, found: data.Data, parts: Sequence[data.Part], models: Sequence[np.ndarray[tuple[int], np.dtype[np.float32]]],
-        trained_s: float,
-    ) -> int:  # fmt: skip
+    def judge(self, found: data.Data, parts: Sequence[data.Part], models: Sequence[F32], trained_s: float) -> int:
         """Measure, draw, say what came of it. Exit status: 1 if it is not what was promised."""
         optimizer, privacy = self.task.optimizer, self.task.privacy
         recipe = baselines.Recipe(self.task.rounds, privacy.example_rate, optimizer.learning_rate, optimizer.momentum)
@@ -233,7 +231,7 @@ class Demo:
         points = [
             picture.Point(
                 line["model"], accuracy, line["metrics"].get("accuracy", float("nan")),
-                line["spent"]["readers"]["epsilon"], line["spent"]["coordinator"]["epsilon"],
+                line["spent"]["readers"], line["spent"]["coordinator"],
             )
             for line, accuracy in zip(self.progress.published, reached, strict=True)
         ]  # fmt: skip
@@ -248,8 +246,8 @@ class Demo:
         self.console.print(
             f"\nheld out  [bold]{accuracy:.1%}[/] with privacy, {plain:.1%} without, "
             f"{np.median(alone):.1%} on average for a device that trains alone\n"
-            f"epsilon   [bold]{spent:.2f}[/] against readers of the models and {points[-1].coordinator:.2f} against the "
-            f"coordinator, at delta {privacy.delta:g} by PLD; the unit is one example\n"
+            f"epsilon   [bold]{spent:.2f}[/] against readers of the models and {points[-1].coordinator:.2f} against "
+            f"the coordinator, at delta {privacy.delta:g} by PLD; the unit is one example\n"
             f"          authority and coordinator are one process here, so an honest coordinator is assumed\n"
             f"took      {trained_s:.0f} s for {self.task.rounds} models; "
             f"{len(KILLS)} processes were killed, {self.progress.aborted} rounds aborted\n\n"
