@@ -202,7 +202,8 @@ def join(directory: Path, token: str, tasks: Sequence[str] = ()) -> Membership:
 
     tasks: names of those that the owner allows from the start; more can be added to policy.toml at any time.
 
-    Writes identity.key (32-byte seed), tls.key, ca.pem, tls.pem, device.toml, policy.toml, ledger, enrolment.json.
+    Writes identity.key (32-byte seed), tls.key, ca.pem, tls.pem, device.toml, enrolment.json, and for a device, which
+    unlike a helper has data, policy.toml and ledger.
     Joining the same fleet twice is harmless. After an error or a power cut it may be called again with the same token.
     Raises ParameterError on a bad token or directory, Refused with the reason, PeerError if the service is not the one
     that the token pins, TransportError if it cannot be reached.
@@ -231,10 +232,11 @@ def join(directory: Path, token: str, tasks: Sequence[str] = ()) -> Membership:
         write_whole(directory / "ca.pem", ca.public_bytes(serialization.Encoding.PEM))
         write_whole(directory / "tls.pem", certificate.public_bytes(serialization.Encoding.PEM))
         write_once(directory / "device.toml", DEVICE_TOML.encode())
-        write_once(directory / "policy.toml", policy.encode())
-        # A ledger that is there was made by an earlier try, and nothing was ever sent: enrolment.json comes after it.
-        if not (directory / "ledger").exists():
-            create_ledger(directory / "ledger", identity.public_key)
+        if invitation.role == "device":
+            write_once(directory / "policy.toml", policy.encode())
+            # A ledger that is there was made by an earlier try, and nothing was ever sent: enrolment.json comes last.
+            if not (directory / "ledger").exists():
+                create_ledger(directory / "ledger", identity.public_key)
         membership = Membership(
             version=1,
             fleet=admission.fleet,
@@ -382,7 +384,7 @@ def _joined_before(directory: Path, invitation: Token) -> Membership:
             f"{directory} belongs to the fleet {membership.fleet} already: another fleet's device needs another "
             "directory, with an identity and a ledger of its own"
         )
-    if not (directory / "ledger").exists():
+    if membership.role == "device" and not (directory / "ledger").exists():
         raise ParameterError(
             f"{directory} has joined but its ledger is gone: what this device spent is unknown. Restore it from a "
             "backup that is not older than its last round, or start anew in an empty directory"

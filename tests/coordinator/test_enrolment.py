@@ -112,6 +112,15 @@ def test_join_leaves_everything_that_a_device_needs_readable_by_its_owner_only(f
     assert certificate.subject.rfc4514_string() == f"CN={membership.device}"
 
 
+def test_a_helper_has_no_data_and_so_neither_policy_nor_ledger(fleet, tmp_path):
+    token = fleet.invite(role="helper")
+    assert join(tmp_path / "helper", token).role == "helper"
+    assert join(tmp_path / "helper", token).role == "helper"
+    assert set(files(tmp_path / "helper")) == {
+        "identity.key", "tls.key", "ca.pem", "tls.pem", "device.toml", "enrolment.json",
+    }  # fmt: skip
+
+
 def test_joining_twice_changes_nothing_and_asks_nobody(fleet, tmp_path):
     token = fleet.invite()
     join(tmp_path / "device", token)
