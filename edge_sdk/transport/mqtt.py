@@ -108,8 +108,8 @@ def _no_password() -> str:
 class Backoff:
     """Seconds between attempts to connect: doubled each time up to `longest_s`, of which a random half is waited off.
 
-    refused_s, longest_refused_s: the same, after the broker has refused us (our certificate, our name, our topic), or
-    we the broker's certificate: a few seconds will not change that, and each attempt costs both sides a handshake.
+    refused_s, longest_refused_s: the same, after the broker said that it refuses us (our certificate, our name, our
+    topic), or we refused its certificate: seconds will not change that, and each attempt costs both a handshake.
     """
 
     first_s: float = 1.0
@@ -186,6 +186,7 @@ class _Link(Generic[T]):
         self._ignored = 0
         # Of the network thread alone:
         self._sent: dict[int, int] = {}
+        self._answered = False
         self._subscribed = False
         self._refusal: str | None = None
         self._last_error = ""
@@ -284,6 +285,7 @@ class _Link(Generic[T]):
     def _live(self) -> str:
         """One connection, from the attempt to its end. Returns why it ended."""
         self._sent.clear()
+        self._answered = False
         self._subscribed = False
         self._refusal = None
         self._last_error = ""
@@ -300,7 +302,12 @@ class _Link(Generic[T]):
                 context.last.close()
         if self._refusal is not None:
             raise _Refused(self._refusal)
-        return self._last_error or "the broker closed the connection"
+        reason = self._last_error or "the broker closed the connection"
+        if context is not None and not self._answered:
+            # In TLS 1.3 a client hears only after its handshake that its certificate was refused, and often hears no
+            # more than the connection's end, which can have other causes: no reason to wait as after a refusal.
+            reason += " (before it answered: it may not accept our certificate)"
+        return reason
 
     def _client(self, context: ssl.SSLContext | None) -> paho.Client:
         # A new one for each connection: nothing of the last one is sent again behind our back.
@@ -439,6 +446,7 @@ class _Link(Generic[T]):
         code: ReasonCode,
         _properties: Properties | None,
     ) -> None:
+        self._answered = True
         if code.value == _UNAVAILABLE:
             self._last_error = f"the broker: {code}"
             return
