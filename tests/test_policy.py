@@ -18,7 +18,6 @@ from edge_sdk.privacy.mechanism import Mechanism, MetricSums, encode
 from edge_sdk.privacy.rdp import Budget, Sampling
 from edge_sdk.protocol import reference
 from edge_sdk.protocol.messages import NoisePlan, Signed
-from edge_sdk.protocol.plan import delta_bits
 from edge_sdk.protocol.rounds import Round
 
 ENTROPY = bytes(range(32))
@@ -40,17 +39,17 @@ def fleet():
 
 
 @cache
-def round_of(mechanism, task="keywords", dimension=None, device_rate=1.0, example_rate=1.0, **changes):
+def round_of(mechanism, task="keywords", dimension=None, device_rate=1.0, example_rate=1.0, devices=8, **changes):
     noise = NoisePlan(
         mechanism.unit, mechanism.clip, mechanism.granularity, mechanism.sigma,
         mechanism.metric_scale, mechanism.loss_bound, device_rate, example_rate,
     )  # fmt: skip
     noise = msgspec.structs.replace(noise, **changes)
     return reference.open_ticket(
-        reference.make_fleet(ENTROPY, 8),
+        reference.make_fleet(ENTROPY, devices),
         ENTROPY,
         dimension or mechanism.length,
-        n_max=8,
+        n_max=devices,
         honest=mechanism.honest,
         noise=noise,
         task=task,
@@ -229,7 +228,8 @@ def test_the_mechanism_of_a_round_is_the_one_that_its_ticket_was_made_from(unit,
 
 
 def test_the_modulus_of_a_rounds_mechanism_is_what_its_n_max_leaves():
-    assert mechanism_of(round_of(mechanism())).modulus_bits == 32 - delta_bits(8)
+    for devices, bits in [(8, 24), (16, 23)]:
+        assert mechanism_of(round_of(mechanism(), devices=devices)).modulus_bits == bits
 
 
 @pytest.mark.parametrize(
