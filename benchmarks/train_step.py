@@ -5,7 +5,9 @@
 For every model of the zoo, in one process with one thread: the captured step in each back end, eager PyTorch's ordinary
 SGD step (forward, backward, update; nothing clipped), PyTorch's vmap(grad) with clipping and summing, and Opacus with
 ghost clipping and its noise off. The contenders take turns, so that a busy machine disturbs all of them alike; a figure
-is the median over the turns, in milliseconds. What a contender cannot do is null, with the reason on stderr.
+is the median over the turns, in milliseconds. What a contender cannot do is null, with the reason on stderr; a back end
+that cannot take part has a row of nulls with its `reason`, also where its program is not built within `--build-seconds`
+(ExecuTorch's lowering takes minutes for graphs of thousands of operators).
 
 `max_rel_error` is the largest distance of a tensor of the clipped sum (unit "device": of the new parameters' change)
 from the same computed in float64 one example at a time, over that tensor's norm. Half of the examples are clipped, and
@@ -18,6 +20,7 @@ import argparse
 import copy
 import json
 import math
+import multiprocessing
 import statistics
 import sys
 import time
@@ -167,20 +170,42 @@ def on_onnxruntime(case: Case) -> tuple[Run, dict[str, Tensor]]:
     return run, {n: torch.from_numpy(array) for n, array in zip(step.train_outputs, arrays, strict=True)}
 
 
-def on_executorch(case: Case) -> tuple[Run, dict[str, Tensor]]:
+def on_executorch(case: Case, build_seconds: float) -> tuple[Run, dict[str, Tensor]]:
     try:
         from executorch.extension.pybindings import portable_lib
         from executorch.runtime import Runtime
-
-        from export.to_executorch import to_executorch
     except ImportError as error:
         raise Unable(str(error)) from error
     portable_lib._unsafe_reset_threadpool(1)
-    program = Runtime.get().load_program(to_executorch(case.step.train, case.step.train_example))
+    program = Runtime.get().load_program(program_of(case, build_seconds))
     method = program.load_method("forward")
     feeds = [tensor.contiguous() for tensor in case.feeds]
     found = [torch.clone(output) for output in method.execute(feeds)]
     return lambda: (method.execute(feeds), program), dict(zip(case.step.train_outputs, found, strict=True))
+
+
+def program_of(case: Case, seconds: float) -> bytes:
+    """The ExecuTorch program, built in a process of its own, which can be given up."""
+    context = multiprocessing.get_context("fork")  # the captured graph cannot be pickled
+    receive, send = context.Pipe(duplex=False)
+    worker = context.Process(target=_build_program, args=(case, send))
+    worker.start()
+    send.close()
+    try:
+        if not receive.poll(seconds):
+            raise Unable(f"ExecuTorch: the program was not built within {seconds:g} s")
+        return bytes(receive.recv_bytes())
+    except EOFError as error:
+        raise Unable("ExecuTorch: the program was not built, see the traceback") from error
+    finally:
+        worker.kill()
+        worker.join()
+
+
+def _build_program(case: Case, send: Any) -> None:
+    from export.to_executorch import to_executorch
+
+    send.send_bytes(to_executorch(case.step.train, case.step.train_example))
 
 
 def torch_sgd(case: Case) -> Run:
@@ -304,12 +329,15 @@ def take_turns(contenders: Mapping[str, Run], seconds: float) -> dict[str, float
     return {name: 1e3 * statistics.median(found) for name, found in times.items()}
 
 
-def measure(name: str, unit: Unit, backends: Sequence[str], batch: int, seconds: float) -> list[dict[str, Any]]:
-    """One object for each back end that can run the model."""
+def measure(
+    name: str, unit: Unit, backends: Sequence[str], batch: int, seconds: float, build_seconds: float
+) -> list[dict[str, Any]]:
+    """One object for each back end."""
     case = prepare(name, unit, batch)
     contenders: dict[str, Run] = {"torch_sgd": torch_sgd(case)}
     others = {"torch_vmap": torch_vmap, "opacus_ghost": opacus_ghost} if unit == "example" else {}
     errors: dict[str, float] = {}
+    reasons: dict[str, str] = {}
     for label, make in others.items():
         try:
             contenders[label] = make(case)
@@ -317,26 +345,32 @@ def measure(name: str, unit: Unit, backends: Sequence[str], batch: int, seconds:
             print(f"{name}: {reason}", file=sys.stderr)
     for backend in backends:
         try:
-            contenders[backend], outputs = {"onnxruntime": on_onnxruntime, "executorch": on_executorch}[backend](case)
+            if backend == "onnxruntime":
+                contenders[backend], outputs = on_onnxruntime(case)
+            else:
+                contenders[backend], outputs = on_executorch(case, build_seconds)
             errors[backend] = error_of(case, outputs)
         except Unable as reason:
             print(f"{name}: {reason}", file=sys.stderr)
+            reasons[backend] = str(reason)
     ms = take_turns(contenders, seconds)
     rows: list[dict[str, Any]] = []
-    for backend in errors:
-        opacus = ms.get("opacus_ghost")
+    opacus = ms.get("opacus_ghost")
+    for backend in backends:
+        own = ms.get(backend)
         rows.append(
             {
                 "model": name,
                 "unit": unit,
                 "backend": backend,
-                "ms": ms[backend],
+                "ms": own,
                 "torch_sgd_ms": ms["torch_sgd"],
                 "torch_vmap_ms": ms.get("torch_vmap"),
                 "opacus_ghost_ms": opacus,
-                "ratio_to_torch_sgd": ms[backend] / ms["torch_sgd"],
-                "ratio_to_opacus": ms[backend] / opacus if opacus else None,
-                "max_rel_error": errors[backend],
+                "ratio_to_torch_sgd": own / ms["torch_sgd"] if own else None,
+                "ratio_to_opacus": own / opacus if own and opacus else None,
+                "max_rel_error": errors.get(backend),
+                "reason": reasons.get(backend),
             }
         )
     return rows
@@ -351,7 +385,7 @@ def means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for key in ("ratio_to_torch_sgd", "ratio_to_opacus"):
             logs = [math.log(row[key]) for row in own if row[key] is not None]
             summary[key] = math.exp(statistics.fmean(logs)) if logs else None
-        summary["max_rel_error"] = max(row["max_rel_error"] for row in own)
+        summary["max_rel_error"] = max((row["max_rel_error"] for row in own if row["max_rel_error"]), default=None)
         found.append(summary)
     return found
 
@@ -389,6 +423,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--unit", default="example", choices=("example", "device"))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=5.0, help="of taking turns, for each model")
+    parser.add_argument("--build-seconds", type=float, default=300.0, help="for one ExecuTorch program")
     options = parser.parse_args(arguments)
     backends = options.backend.split(",")
     for backend in backends:
@@ -400,7 +435,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.json:
         print(line(COLUMNS))
     for name in options.model or ZOO:
-        for row in measure(name, cast(Unit, options.unit), backends, options.batch, options.seconds):
+        unit = cast(Unit, options.unit)
+        for row in measure(name, unit, backends, options.batch, options.seconds, options.build_seconds):
             print(json.dumps(row) if options.json else line(row), flush=True)
             rows.append(row)
     for summary in means(rows):
