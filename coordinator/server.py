@@ -125,9 +125,13 @@ class Authority(Protocol):
 
 @dataclass
 class _Present:
-    """A device that said Hello and has not left."""
+    """A device that said Hello and has not left, as far as is known."""
 
-    tasks: frozenset[str] = frozenset()
+    tasks: frozenset[str] | None
+    """Those that it has examples for; None if it has not said so since the server started."""
+
+    def trains(self, task: str) -> bool:
+        return self.tasks is None or task in self.tasks
 
 
 @dataclass
@@ -217,6 +221,12 @@ class Server:
         self._anchors = self._load_anchors()
         self._refresh()
         self._restore_rounds()
+        # Over a broker that is not ours devices do not notice a restart, so they will not say Hello. What is sent to
+        # one that is away is lost, which is nothing new.
+        for device, row in self._devices.items():
+            if row.last_seen_s is not None:
+                self._present[device] = _Present(None)
+                self._welcome(device)
 
     # --- the loop
 
@@ -494,7 +504,7 @@ class Server:
         for name, running in self._tasks.items():
             live = self._open_round(name)
             serves = live is not None and any(post.device == device for post in live.posts.values())
-            if not serves and not (name in present.tasks and _takes_part(running.task, row)):
+            if not serves and not (present.trains(name) and _takes_part(running.task, row)):
                 continue
             ticket: Parcel | None = None
             model = running.model
@@ -817,7 +827,7 @@ class Server:
             post.device for live in self._live.values() if live.task.name == task.name for post in live.posts.values()
         }
         for device, present in self._present.items():
-            if task.name in present.tasks or device in serving:
+            if present.trains(task.name) or device in serving:
                 self._welcome(device)
 
     # --- opening

@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sqlite3
 import struct
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from numpy.typing import NDArray
 
 from coordinator.optimizer import pack_memory
 from coordinator.server import Server
-from coordinator.store import ModelRow, Store, TaskRow
+from coordinator.store import DATABASE, ModelRow, Store, TaskRow
 from coordinator.task import Planned, Task
 from edge_sdk.crypto.hashing import content_hash, derive_key
 from edge_sdk.crypto.identity import Identity
@@ -180,9 +182,13 @@ class SimDevice:
     """tid -> hash of the header that the receipt names."""
     refusals: list[Refusal] = field(default_factory=list)
     letters: dict[bytes, Download] = field(default_factory=dict)
+    tickets: set[bytes] = field(default_factory=set)
+    """Of `letters`, those that are a Welcome's ticket."""
     serving: dict[bytes, Blob] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     asked_s: float = 0.0
+    said_s: float = START_S
+    is_welcome: bool = False
     offers: int = 12
     lie: Callable[[SimDevice, str, bytes], bytes] | None = None
     """Changes a member's reply: (device, kind, reply) -> reply."""
@@ -197,7 +203,7 @@ class SimDevice:
         positions = [Position(task, self.idle[task].round if task in self.idle else -1) for task in self.tasks]
         epoch = self.epoch.number if self.epoch is not None else 0
         frames = [encode_frame(Hello(1, epoch, self.member.spare_prekeys, self.serves, positions))]
-        self.asked_s = 0.0
+        self.asked_s, self.said_s, self.is_welcome = 0.0, now_s, False
         for download in self.letters.values():
             download.ask_again()
         if self.serves:
@@ -220,7 +226,9 @@ class SimDevice:
         )
 
     def tick(self, now_s: float) -> list[bytes]:
-        """What it asks for again."""
+        """What it asks for again: to be heard until it is, and where things stand now and then."""
+        if now_s - self.said_s >= (5.0 if self.is_welcome else 1.0):
+            return self.hello(now_s)
         frames = []
         if now_s - self.asked_s >= 1.0:
             self.asked_s = now_s
@@ -256,6 +264,7 @@ class SimDevice:
         return []
 
     def _on_welcome(self, welcome: Welcome, now_s: float) -> list[bytes]:
+        self.is_welcome = True
         if isinstance(welcome.epoch, bytes):
             epoch = FleetEpoch(AUTHORITY.public_key, messages.decode(Signed, welcome.epoch))
             if self.epoch is None or epoch.number >= self.epoch.number:
@@ -265,7 +274,12 @@ class SimDevice:
             self.enrolled = Enrolled(self.identity, place.index, tuple(place.proof))
         frames = []
         for state in welcome.tasks:
-            if isinstance(state.ticket, bytes):
+            if isinstance(state.ticket, BlobRef):
+                if state.ticket.id not in self.letters:
+                    self.letters[state.ticket.id] = Download(state.ticket)
+                self.tickets.add(state.ticket.id)
+                frames += self.tick(now_s)
+            elif state.ticket is not None:
                 frames += self._on_ticket(messages.decode(Signed, state.ticket), now_s)
         return frames
 
@@ -346,6 +360,8 @@ class SimDevice:
         if not download.complete:
             return self.tick(now_s)
         del self.letters[chunk.blob]
+        if chunk.blob in self.tickets:
+            return self._on_ticket(messages.decode(Signed, download.data()), now_s)
         return self._on_letter(download.data(), now_s)
 
     def _on_refusal(self, refusal: Refusal) -> None:
@@ -562,6 +578,7 @@ class KilledFleet:
         """(point, how often it is passed) at which the next children kill themselves."""
         self.deaths = 0
         self._pid, self._end = 0, None
+        self._replies: dict[str, list[bytes]] = {}
 
     def start(self) -> None:
         parent, child = socket.socketpair()
@@ -574,6 +591,7 @@ class KilledFleet:
             self._serve(child, kill)
         child.close()
         self._end = parent
+        self._replies.clear()
         for device in self.devices:
             self._send(device, device.hello(self.clock()))
 
@@ -598,7 +616,7 @@ class KilledFleet:
                 write(end, TURN, b"")
         except TransportError:
             os._exit(0)
-        except BaseException:
+        except BaseException:  # noqa: BLE001  the parent asserts that no child ends by itself
             traceback.print_exc()
             os._exit(1)
 
@@ -607,23 +625,19 @@ class KilledFleet:
             write(self._end, device.name, frame)
 
     def turn(self, seconds: float = 0.1) -> None:
+        """Each device in turn says what it has to say, and the server handles it: many small batches."""
         by_name = {device.name: device for device in self.devices}
-        try:
-            for device in self.devices:
-                self._send(device, device.tick(self.clock()))
-            write(self._end, TURN, struct.pack("<d", self.clock.now_s))
-            replies: list[tuple[SimDevice, list[bytes]]] = []
-            while True:
-                name, frame = read(self._end)
-                if name == TURN:
-                    break
-                replies.append((by_name[name], by_name[name].receive(frame, self.clock())))
-            for device, frames in replies:
-                self._send(device, frames)
-        except (TransportError, OSError):
-            self._bury()
-            self.start()
-        self.clock.now_s += seconds
+        for device in self.devices:
+            try:
+                self._send(device, self._replies.pop(device.name, []) + device.tick(self.clock()))
+                write(self._end, TURN, struct.pack("<d", self.clock.now_s))
+                while (message := read(self._end))[0] != TURN:
+                    name, frame = message
+                    self._replies.setdefault(name, []).extend(by_name[name].receive(frame, self.clock()))
+            except (TransportError, OSError):
+                self._bury()
+                self.start()
+            self.clock.now_s += seconds / len(self.devices)
 
     def kill(self) -> None:
         """A real SIGKILL, wherever the child is."""
@@ -652,9 +666,5 @@ class KilledFleet:
 
 def published(directory: Path, task: str = "tiny") -> int:
     """The task's newest model, as another process sees it."""
-    store = Store(directory)
-    try:
-        with store.reading() as t:
-            return t.newest_model(task).number
-    finally:
-        store.close()
+    with closing(sqlite3.connect(f"file:{directory / DATABASE}?mode=ro", uri=True)) as connection:
+        return connection.execute("SELECT max(number) FROM models WHERE task = ?", (task,)).fetchone()[0]

@@ -1,0 +1,613 @@
+"""The server with a fleet on the real protocol: whole rounds, faults, and kills at every point of the write order.
+
+What is asserted of a finished round is `assert_exact`: the opened sum is that of exactly the contributions that were
+taken, every receipted one among them, none counted twice.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+from fleet import (
+    COORDINATOR,
+    START_S,
+    Fleet,
+    KilledFleet,
+    add_task,
+    assert_exact,
+    enrol,
+    make_devices,
+    make_helpers,
+    published,
+    rounds_in,
+    seed,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator import events
+from coordinator.store import Store, StoreError
+from edge_sdk.errors import TransportError
+from edge_sdk.protocol import messages
+from edge_sdk.protocol.messages import Complaint, Release, Signed, unwrap, wrap
+from edge_sdk.protocol.plan import delta_bits
+from edge_sdk.transport.memory import MemoryHub, chance
+from edge_sdk.transport.wire import Chunk, Leaving, Letter, Model, Prekeys, Pull, Upload, decode_up, encode_frame
+
+DEVICES, HELPERS = 5, 3
+
+
+def bits(n_max: int) -> int:
+    return 32 - delta_bits(n_max)
+
+
+def make(directory, devices=DEVICES, helpers=HELPERS, committee="helpers", server=None, tags=(), **task):
+    """A fleet with one task, connected; its server has not stepped."""
+    parties = make_devices(devices, serves=committee != "helpers")
+    boxes = make_helpers(helpers) if committee == "helpers" else []
+    store = Store(directory / "fleet")
+    enrol(store, parties, boxes, tags)
+    add_task(store, **task)
+    store.close()
+    fleet = Fleet(directory / "fleet", parties + boxes, committee, **(server or {}))
+    fleet.connect()
+    return fleet
+
+
+def finish(fleet, rounds=1, left_out=frozenset(), n_max=DEVICES, task="tiny"):
+    """Run to the task's end, stop the server, check every round. Returns what is in the store of them."""
+    fleet.run(fleet.saw(events.TaskDone))
+    fleet.close()
+    ended = rounds_in(fleet.directory, task)
+    done = [truth for truth in ended if truth.phase == "DONE"]
+    assert len(done) == rounds
+    for truth in done:
+        assert_exact(truth, fleet.devices, bits(n_max), left_out)
+    return ended
+
+
+@pytest.mark.parametrize("committee", ["helpers", "everyone"])
+def test_rounds_end_with_the_exact_sum_of_what_was_receipted(tmp_path, committee):
+    fleet = make(tmp_path, committee=committee, rounds=2)
+    ended = finish(fleet, rounds=2)
+    assert [truth.senders for truth in ended] == [set(range(DEVICES))] * 2
+    assert all(len(device.receipts) == 2 for device in fleet.devices[:DEVICES])
+
+
+def test_a_round_of_several_groups_is_summed_by_group(tmp_path):
+    fleet = make(tmp_path, devices=16, n_max=16, expected=16, groups=2)
+    (truth,) = finish(fleet, n_max=16)
+    assert [len(group) for group in truth.included] == [8, 8]
+
+
+def test_a_committee_whose_ticket_fits_no_frame_serves_too(tmp_path):
+    fleet = make(tmp_path, devices=30, committee="everyone", n_max=4, expected=4)
+    for device in fleet.devices[4:]:
+        device.tasks = ()
+    finish(fleet, n_max=4)
+
+
+def test_lost_repeated_and_overtaken_frames_cost_time_and_nothing_else(tmp_path):
+    fleet = make(tmp_path, rounds=2, schedule="")
+    fleet.hub.fate = chance(seed("faults"), drop=0.15, duplicate=0.15, hold=0.15)
+    fleet.run(fleet.saw(events.TaskDone), turns=4000)
+    fleet.close()
+    for truth in rounds_in(fleet.directory):
+        if truth.phase == "DONE":
+            assert_exact(truth, fleet.devices, bits(DEVICES))
+
+
+def test_the_broker_may_forget_everything(tmp_path):
+    fleet = make(tmp_path)
+    for kind in (events.RoundOpened, events.Contributed, events.RoundSealed, events.RoundCertified):
+        fleet.run(fleet.saw(kind))
+        fleet.hub.restart_broker()
+    finish(fleet)
+
+
+def test_a_device_that_comes_late_is_told_and_not_counted(tmp_path):
+    fleet = make(tmp_path, devices=6, n_max=6, expected=4)
+    late = fleet.devices[5]
+    fleet.run(lambda: bool(late.sent))
+    fleet.leave(late)
+    fleet.run(fleet.saw(events.RoundSealed))
+    late.asked_s = 0.0
+    fleet.connect(late)
+    fleet.run(lambda: bool(late.refusals))
+    assert "closed" in late.refusals[0].reason
+    assert late.refusals[0].final
+    (truth,) = finish(fleet, n_max=6)
+    assert late.enrolled.index not in truth.senders
+    assert late.receipts == {}
+
+
+def test_no_more_than_n_max_are_taken(tmp_path):
+    fleet = make(tmp_path, devices=6, n_max=4, expected=4)
+    (truth,) = finish(fleet, n_max=4)
+    assert len(truth.senders) == 4
+    refused = [device for device in fleet.devices[:6] if device.refusals]
+    assert len(refused) == 2
+    assert all("has its 4" in device.refusals[0].reason for device in refused)
+
+
+def test_a_stranger_is_refused_and_nothing_of_it_is_read(tmp_path):
+    fleet = make(tmp_path)
+    stranger = make_devices(DEVICES + 1)[-1]
+    fleet.devices.append(stranger)
+    fleet.connect(stranger)
+    finish(fleet)
+    refused = {event.device for event in fleet.events if isinstance(event, events.Refused)}
+    assert refused == {stranger.name}
+    assert stranger.epoch is None
+
+
+def test_a_revoked_device_is_refused_at_once_and_out_of_the_next_epoch(tmp_path):
+    fleet = make(tmp_path, devices=6, n_max=6, expected=4, rounds=2)
+    revoked = fleet.devices[5]
+    fleet.run(lambda: bool(revoked.sent))
+    store = Store(fleet.directory)
+    with store.transaction() as t:
+        t.revoke(revoked.identity.public_key, START_S)
+    store.close()
+    fleet.connect(revoked)
+    fleet.run(lambda: any(isinstance(e, events.Refused) and e.device == revoked.name for e in fleet.events))
+    fleet.run(fleet.saw(events.TaskDone))
+    assert [e.devices for e in fleet.events if isinstance(e, events.EpochBegan)] == [6, 5]
+    fleet.close()
+
+
+def test_a_receipt_is_given_again_also_after_the_round(tmp_path):
+    fleet = make(tmp_path)
+    device = fleet.devices[0]
+    fleet.run(lambda: bool(device.sent))
+    upload = encode_frame(Upload(device.sent["tiny"][0].contribution.header, device.sent["tiny"][1].ref))
+    fleet.run(lambda: bool(device.receipts))
+    before = fleet.links[device.name]
+    fleet.run(fleet.saw(events.TaskDone))
+    while before.receive(0.0) is not None:
+        pass
+    before.send(upload)
+    fleet.server.step(0.0)
+    answers = list(iter(lambda: before.receive(0.0), None))
+    assert len(answers) == 1
+    assert device.receive(answers[0], fleet.clock()) == []
+    assert device.refusals == []
+    fleet.close()
+
+
+def test_a_second_contribution_of_a_sender_is_refused(tmp_path):
+    fleet = make(tmp_path)
+    device = fleet.devices[0]
+    fleet.run(lambda: bool(device.receipts))
+    (tid,) = device.receipts
+    live = fleet.server._live[tid]
+    slot = live.slots.index(device.enrolled.index)
+    header = messages.decode(messages.Header, live.headers[slot].body)
+    other = messages.sign(device.identity, messages.Header(**{
+        name: getattr(header, name) for name in header.__struct_fields__ if name != "masked"
+    }, masked=bytes(32)))  # fmt: skip
+    fleet.links[device.name].send(encode_frame(Upload(other, _blob_of(live.upload_bytes).ref)))
+    fleet.run(lambda: any("already sent another" in getattr(e, "reason", "") for e in fleet.events))
+    finish(fleet)
+
+
+def _blob_of(size):
+    from edge_sdk.transport.chunks import Blob
+
+    return Blob.of(bytes(size))
+
+
+def test_an_upload_that_is_not_what_its_header_binds_is_refused(tmp_path):
+    fleet = make(tmp_path, devices=5, expected=4)
+    liar = fleet.devices[0]
+    fleet.run(lambda: bool(liar.sent))
+    sent, blob = liar.sent["tiny"]
+    size = blob.ref.size
+    liar.sent["tiny"] = (sent, _blob_of(size))
+    fleet.server._arrivals.end(liar.name, blob.ref.id)
+    liar.asked_s = 0.0
+    fleet.run(lambda: bool(liar.refusals))
+    (truth,) = finish(fleet)
+    assert liar.enrolled.index not in truth.senders
+
+
+def test_complaints_after_it_was_summed_take_a_contribution_out_again(tmp_path):
+    fleet = make(tmp_path)
+    victim = fleet.devices[2]
+    fleet.run(lambda: all(d.receipts for d in fleet.devices[:DEVICES]))
+    (tid,) = victim.receipts
+    index = victim.enrolled.index
+    for helper in fleet.devices[DEVICES : DEVICES + 2]:
+        number = fleet.server._live[tid].round.epoch.member_number(helper.identity.public_key)
+        complaint = messages.sign(helper.identity, Complaint(tid, number, [index]))
+        fleet.links[helper.name].send(encode_frame(Letter(wrap(Complaint, complaint))))
+    fleet.turn()
+    fleet.restart()  # the complaints are on disk
+    (truth,) = finish(fleet, left_out={index})
+    assert truth.included == [set(range(DEVICES)) - {index}]
+
+
+def test_a_member_that_answers_twice_or_otherwise_changes_nothing(tmp_path):
+    fleet = make(tmp_path)
+    releases = []
+
+    def lie(device, kind, reply):
+        if kind == "release":
+            _, signed = unwrap(reply)
+            said = messages.decode(Release, signed.body)
+            other = Release(said.tid, said.seal, said.member, [bytes(len(said.sums[0]))])
+            releases.append(reply)
+            fleet.links[device.name].send(encode_frame(Letter(reply)))
+            fleet.links[device.name].send(encode_frame(Letter(wrap(Release, messages.sign(device.identity, other)))))
+        return reply
+
+    fleet.devices[DEVICES].lie = lie
+    finish(fleet)
+    assert releases
+
+
+def test_a_member_that_releases_a_wrong_sum_is_outvoted(tmp_path):
+    fleet = make(tmp_path)
+
+    def lie(device, kind, reply):
+        if kind != "release":
+            return reply
+        _, signed = unwrap(reply)
+        said = messages.decode(Release, signed.body)
+        wrong = (np.frombuffer(said.sums[0], "<u2").astype(int) + 1) % 65521
+        other = Release(said.tid, said.seal, said.member, [wrong.astype("<u2").tobytes()])
+        return wrap(Release, messages.sign(device.identity, other))
+
+    fleet.devices[DEVICES].lie = lie
+    finish(fleet)
+
+
+def test_two_tasks_run_side_by_side(tmp_path):
+    fleet = make(tmp_path, rounds=2)
+    store = Store(fleet.directory)
+    add_task(store, "second", rounds=2, dimension=3000)
+    store.close()
+    for device in fleet.devices[:DEVICES]:
+        device.tasks = ("tiny", "second")
+        fleet.connect(device)
+    fleet.run(fleet.saw(events.TaskDone, 2))
+    fleet.close()
+    for task in ("tiny", "second"):
+        ended = rounds_in(fleet.directory, task)
+        assert [truth.phase for truth in ended] == ["DONE", "DONE"]
+        for truth in ended:
+            assert_exact(truth, fleet.devices, bits(DEVICES))
+
+
+def test_with_overlap_the_next_round_opens_while_the_last_is_being_opened(tmp_path):
+    fleet = make(tmp_path, rounds=3, schedule="overlap = true")
+    slow = []
+
+    def lie(device, kind, reply):
+        if kind == "release" and len(slow) < 2:
+            slow.append(reply)
+            return wrap(Release, Signed(b"", bytes(64)))
+        return reply
+
+    for helper in fleet.devices[DEVICES:]:
+        helper.lie = lie
+    fleet.run(lambda: len(fleet.server._live) == 2)
+    finish(fleet, rounds=3)
+
+
+def test_without_enough_contributors_the_round_aborts_and_the_model_stays(tmp_path):
+    fleet = make(tmp_path)
+    for device in fleet.devices[2:DEVICES]:
+        device.tasks = ()
+    fleet.run(fleet.saw(events.RoundAborted))
+    aborted = next(event for event in fleet.events if isinstance(event, events.RoundAborted))
+    assert "no group has 3 contributors: 2 came" in aborted.reason
+    for device in fleet.devices[:DEVICES]:
+        device.tasks = ("tiny",)
+    fleet.connect(*fleet.devices[:DEVICES])
+    ended = finish(fleet)
+    assert ended[0].phase == "ABORTED"
+    assert ended[-1].number == len(ended) - 1
+    assert published(fleet.directory) == 1
+
+
+def test_without_a_quorum_the_round_aborts_when_its_ticket_expires(tmp_path):
+    fleet = make(tmp_path)
+    fleet.run(fleet.saw(events.Contributed, DEVICES))
+    for helper in fleet.devices[DEVICES + 1 :]:
+        fleet.leave(helper)
+    fleet.run(fleet.saw(events.RoundAborted), turns=200, seconds=1.0)
+    (aborted,) = [event for event in fleet.events if isinstance(event, events.RoundAborted)]
+    assert aborted.reason == "1 members signed in time, 3 needed"
+    fleet.close()
+
+
+def test_members_that_were_away_are_brought_up_to_date(tmp_path):
+    fleet = make(tmp_path)
+    fleet.run(fleet.saw(events.RoundOpened))
+    for helper in fleet.devices[DEVICES:]:
+        fleet.leave(helper)
+    fleet.run(fleet.saw(events.RoundSealed))
+    fleet.connect(*fleet.devices[DEVICES:])
+    finish(fleet)
+
+
+def test_uploads_take_no_more_memory_than_they_were_given(tmp_path):
+    size = 23_792  # one contribution of the tiny task
+    fleet = make(tmp_path, server={"upload_memory": 2 * size})
+    most = 0
+
+    def done():
+        nonlocal most
+        most = max(most, fleet.server._arrivals.granted_bytes)
+        return fleet.saw(events.Contributed, DEVICES)()
+
+    fleet.run(done)
+    assert 0 < most <= 2 * size
+    finish(fleet)
+
+
+def test_an_upload_that_stalls_loses_its_slot_to_those_that_wait(tmp_path):
+    fleet = make(tmp_path, server={"upload_memory": 23_792}, schedule="", top="")
+    stalling = fleet.devices[0]
+    stalling._on_pull = lambda pull: []  # it offers and never sends
+    fleet.server._arrivals._stall_s = 0.3
+    (truth,) = finish(fleet)
+    assert stalling.enrolled.index not in truth.senders
+
+
+def test_a_device_without_the_tasks_tag_is_not_asked(tmp_path):
+    fleet = make(tmp_path, devices=5, top='participants = ["kitchen"]', tags=["kitchen"], expected=4)
+    (outside,) = make_devices(6)[5:]
+    store = Store(fleet.directory)
+    enrol(store, [outside], tags=["garage"])
+    store.close()
+    fleet.devices.append(outside)
+    fleet.connect(outside)
+    (truth,) = finish(fleet, n_max=6)
+    assert outside.inputs == {}
+    assert len(truth.senders) == 5
+
+
+def test_a_device_whose_ledger_went_back_is_refused_before_members_see_it(tmp_path):
+    fleet = make(tmp_path, rounds=2)
+    rolled_back = fleet.devices[0]
+    fleet.run(lambda: bool(rolled_back.receipts))
+    rolled_back.entries = 0
+    fleet.run(lambda: bool(rolled_back.refusals))
+    assert "rolled back or cloned" in rolled_back.refusals[0].reason
+    fleet.restart()  # it is remembered
+    assert rolled_back.identity.public_key in fleet.server._anchors.forked
+    ended = finish(fleet, rounds=2)
+    assert rolled_back.enrolled.index not in ended[1].senders
+
+
+def test_skipping_a_round_leaves_out_its_number(tmp_path):
+    fleet = make(tmp_path, rounds=2)
+    fleet.run(fleet.saw(events.RoundOpened))
+    store = Store(fleet.directory)
+    with store.transaction() as t:
+        assert t.skip_round("tiny") == 2
+    store.close()
+    assert [truth.number for truth in finish(fleet, rounds=2)] == [0, 2]
+
+
+def test_a_paused_task_ends_its_round_and_opens_no_other(tmp_path):
+    fleet = make(tmp_path, rounds=2)
+    fleet.run(fleet.saw(events.RoundOpened))
+    store = Store(fleet.directory)
+    with store.transaction() as t:
+        t.set_task_state("tiny", "paused")
+    fleet.run(fleet.saw(events.ModelPublished))
+    for _ in range(30):
+        fleet.turn()
+    assert fleet.saw(events.RoundOpened, 2)() is False
+    with store.transaction() as t:
+        t.set_task_state("tiny", "running")
+    store.close()
+    finish(fleet, rounds=2)
+
+
+def test_a_task_that_cannot_start_says_why_once(tmp_path):
+    fleet = make(tmp_path, devices=3, expected=4)
+    for _ in range(30):
+        fleet.turn()
+    assert [e.reason for e in fleet.events if isinstance(e, events.Waiting)] == [
+        "3 devices may take part, and the task plans with 4"
+    ]
+    fleet.close()
+
+
+def test_the_model_is_the_coordinators_and_its_lineage_tells_no_set(tmp_path):
+    fleet = make(tmp_path, rounds=2)
+    finish(fleet, rounds=2)
+    store = Store(fleet.directory)
+    with store.reading() as t:
+        first, second, third = t.models("tiny")
+        rows = t.rounds("tiny")
+    store.close()
+    assert second.parent == first.parameters
+    assert third.parent == second.parameters
+    assert (second.cohort, first.memory, second.memory) == (4.0, None, None)  # old optimiser states are dropped
+    assert third.memory is not None
+    seals = {messages.decode(Signed, row.seal).body for row in rows}
+    assert all(len(model.set_hash) == 32 and model.salt for model in (second, third))
+    assert len(seals) == 2
+    signed = messages.sign(COORDINATOR, Model("tiny", 2, bytes(32), third.parameters))
+    assert messages.verify(Model, COORDINATOR.public_key, signed).round == 2
+
+
+def test_only_one_server_runs_on_a_store(tmp_path):
+    fleet = make(tmp_path)
+    with pytest.raises(StoreError, match="another process"):
+        fleet.start()
+    fleet.close()
+    with pytest.raises(TransportError):
+        fleet.hub.receive(0.0)
+
+
+# --- garbage
+
+
+def test_frames_that_are_not_due_change_nothing(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    fleet = make(tmp_path)
+    fleet.run(fleet.saw(events.Contributed, 2))
+    device, helper = fleet.devices[0], fleet.devices[DEVICES]
+    bad = [
+        b"",
+        b"\xff" * 100,
+        bytes(128 << 10),
+        encode_frame(Letter(b"no envelope")),
+        encode_frame(Letter(wrap(Release, messages.sign(helper.identity, Release(bytes(32), bytes(32), 1, [b"aa"]))))),
+        encode_frame(Chunk(bytes(32), 0, b"x", [])),
+        encode_frame(Pull(bytes(32), [0])),
+        encode_frame(Prekeys([Signed(b"", bytes(64))])),
+        encode_frame(Upload(Signed(b"", bytes(64)), _blob_of(5).ref)),
+        encode_frame(Letter(_blob_of(2 << 20).ref)),
+        encode_frame(Leaving()),
+    ]
+    for frame in bad:
+        fleet.hub._devices[device.name].send(frame)
+    fleet.turn()
+    fleet.connect(device)
+    finish(fleet)
+    lines = [record.getMessage() for record in caplog.records if device.name[:16] in record.getMessage()]
+    assert len(lines) >= 6
+    assert all(line.startswith(f"device {device.name[:16]}: ") for line in lines)
+
+
+@pytest.fixture(scope="module")
+def collecting(tmp_path_factory):
+    """A fleet in the middle of a round, with frames of every kind that it really sent."""
+    fleet = make(tmp_path_factory.mktemp("garbage"), devices=6, n_max=6, expected=4, helpers=3)
+    sent = []
+    original = MemoryHub._put
+
+    def record(hub, item):
+        if hasattr(item, "frame"):
+            sent.append(item)
+        original(hub, item)
+
+    MemoryHub._put = record
+    try:
+        fleet.run(fleet.saw(events.RoundOpened))
+        last = fleet.devices[5]
+        fleet.leave(last)
+        fleet.run(fleet.saw(events.Contributed, 5))
+    finally:
+        MemoryHub._put = original
+    yield fleet, sent
+    fleet.close()
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_no_bytes_whatever_end_the_server_or_touch_what_is_stored(collecting, data):
+    fleet, sent = collecting
+    item = data.draw(st.sampled_from(sent))
+    frame = bytearray(item.frame)
+    for _ in range(data.draw(st.integers(0, 3))):
+        at = data.draw(st.integers(0, len(frame) - 1))
+        frame[at] ^= data.draw(st.integers(1, 255))
+    device = data.draw(st.sampled_from([d.name for d in fleet.devices]))
+    frame = bytes(frame[: data.draw(st.integers(0, len(frame)))]) if data.draw(st.booleans()) else bytes(frame)
+    (live,) = fleet.server._live.values()
+    before, slots = live.sums.copy(), list(live.slots)
+    fleet.server._on_frame(device, frame, fleet.clock())
+    fleet.server._commit()
+    assert live.slots == slots
+    assert (live.sums == before).all()
+
+
+def test_what_was_recorded_for_garbage_holds_every_kind_of_frame(collecting):
+    _, sent = collecting
+    kinds = {type(decode_up(item.frame)).__name__ for item in sent}
+    assert kinds >= {"Hello", "Prekeys", "Upload", "Chunk", "Leaving"}
+
+
+# --- restarts and kills
+
+
+def test_a_restart_in_every_phase_goes_on_with_the_same_round(tmp_path):
+    fleet = make(tmp_path, rounds=2)
+    kinds = (events.RoundOpened, events.Contributed, events.RoundSealed, events.RoundCertified, events.ModelPublished)
+    for kind in kinds:
+        fleet.run(fleet.saw(kind))
+        fleet.restart()
+    ended = finish(fleet, rounds=2)
+    assert [truth.number for truth in ended] == [0, 1]
+
+
+def killed(directory, devices=DEVICES, **task):
+    parties, boxes = make_devices(devices), make_helpers(HELPERS)
+    store = Store(directory / "fleet")
+    enrol(store, parties, boxes)
+    add_task(store, **task)
+    store.close()
+    return KilledFleet(directory / "fleet", parties + boxes)
+
+
+POINTS = [
+    ("vector written", 1),
+    ("vector written", 3),
+    ("vectors synced", 1),
+    ("sums saved", 1),
+    ("answer sent", 1),
+    ("answer sent", 9),
+    ("model written", 1),
+    *(("before commit", n) for n in (2, 3, 4, 5, 6, 8, 10, 12)),
+    *(("committed", n) for n in (1, 2, 3, 4, 5, 6, 8, 10, 12)),
+]
+
+
+@pytest.mark.parametrize("point", POINTS, ids=lambda p: f"{p[0]} {p[1]}".replace(" ", "-"))
+def test_a_kill_at_each_point_of_the_write_order_loses_and_repeats_nothing(tmp_path, point, monkeypatch):
+    monkeypatch.setattr("coordinator.live.CHECKPOINT_SLOTS", 2)
+    fleet = killed(tmp_path)
+    fleet.kills = [point]
+    fleet.start()
+    fleet.run(lambda: published(fleet.directory) == 1)
+    fleet.stop()
+    assert fleet.deaths == 1, f"{point} was never passed"
+    (truth,) = rounds_in(fleet.directory)
+    assert_exact(truth, fleet.devices, bits(DEVICES))
+    assert truth.senders == set(range(DEVICES))
+
+
+def test_kills_at_any_time_one_after_another_lose_and_repeat_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("coordinator.live.CHECKPOINT_SLOTS", 2)
+    fleet = killed(tmp_path, rounds=2)
+    fleet.kills = [("before commit", 3), ("committed", 4), ("answer sent", 5), ("before commit", 2), ("committed", 3)]
+    fleet.start()
+    turn = 0
+
+    def done():
+        nonlocal turn
+        turn += 1
+        if turn % 7 == 0 and fleet.deaths < 12:
+            fleet.kill()
+        return published(fleet.directory) == 2
+
+    fleet.run(done)
+    fleet.stop()
+    assert fleet.deaths >= 8
+    for truth in rounds_in(fleet.directory):
+        if truth.phase == "DONE":
+            assert_exact(truth, fleet.devices, bits(DEVICES))
+
+
+def test_a_vector_damaged_on_disk_stops_the_server_with_its_place(tmp_path):
+    fleet = make(tmp_path)
+    fleet.run(fleet.saw(events.Contributed, 3))
+    (live,) = fleet.server._live.values()
+    path = live.vectors.directory / "vectors"
+    fleet.server.close()
+    with path.open("r+b") as file:
+        file.seek(live.vectors.slot_bytes + 5)
+        file.write(b"\x00\x01\x02")
+    with pytest.raises(StoreError, match="slot 1 is not what its sender signed"):
+        fleet.start()
+    fleet.hub.close()
