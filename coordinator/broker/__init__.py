@@ -8,6 +8,7 @@ never the source of truth: it may lose everything at any time.
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ Kind = Literal["auto", "mosquitto", "amqtt", "external"]
 MAX_PACKET_BYTES = MAX_FRAME_BYTES + 1024
 """An MQTT packet: a frame, its topic and a few bytes of header."""
 
+PATIENCE_S = 3.0
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
 STEADY_S = 60.0
@@ -45,8 +47,23 @@ class Listener:
         """An address of this machine that reaches the listener."""
         return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.address, self.address)  # noqa: S104 - only compared
 
-    def check_free(self) -> None:
-        """Raises ParameterError if something else listens there: it would be taken for our broker."""
+    def check_free(self, patience_s: float = 0.0) -> None:
+        """Raises ParameterError if something else listens there: it would be taken for our broker.
+
+        patience_s: how long it may take to end. The broker of a coordinator that was killed just now does.
+        """
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                self._try_to_bind()
+            except ParameterError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.05)
+            else:
+                return
+
+    def _try_to_bind(self) -> None:
         family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

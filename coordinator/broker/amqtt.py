@@ -20,7 +20,7 @@ from amqtt.session import Session
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from coordinator.broker import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, MAX_PACKET_BYTES, STEADY_S, Listener
+from coordinator.broker import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, MAX_PACKET_BYTES, PATIENCE_S, STEADY_S, Listener
 from coordinator.ca import COORDINATOR
 from edge_sdk.errors import ParameterError
 from edge_sdk.transport import DEVICE_NAME
@@ -158,7 +158,7 @@ class Amqtt:
 
     def __init__(self, listener: Listener, revoked: Collection[str]) -> None:
         """Listens when this returns. Raises ParameterError with what amqtt said if it does not start."""
-        listener.check_free()
+        listener.check_free(PATIENCE_S)
         self.url = listener.local_url
         self._listener = listener
         self._lock = threading.Lock()

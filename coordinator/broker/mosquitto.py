@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Collection
 
-from coordinator.broker import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, MAX_PACKET_BYTES, STEADY_S, Listener
+from coordinator.broker import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, MAX_PACKET_BYTES, PATIENCE_S, STEADY_S, Listener
 from coordinator.ca import COORDINATOR
 from edge_sdk.enrolment import write_whole
 from edge_sdk.errors import ParameterError
@@ -102,7 +102,7 @@ class Mosquitto:
         """Listens when this returns. Raises ParameterError with mosquitto's words if it does not start."""
         if any(c in str(listener.directory) for c in "\n\r"):
             raise ParameterError(f"{str(listener.directory)!r}: mosquitto cannot be told of a directory of this name")
-        listener.check_free()
+        listener.check_free(PATIENCE_S)
         self.url = listener.local_url
         self._program = program
         self._listener = listener
@@ -200,7 +200,12 @@ class Mosquitto:
                 if self._closing.is_set():
                     return "closed"
                 child = self._child = subprocess.Popen(  # noqa: S603 - the program is mosquitto, found or configured
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    start_new_session=True,  # a Ctrl-C is for the coordinator, which ends its child last
                 )
         except OSError as error:
             self._said.append(str(error))

@@ -439,7 +439,9 @@ def test_a_token_that_was_not_copied_exactly_is_refused_without_repeating_it(dat
         read: Token | ParameterError = Token.read(changed)
     except ParameterError as error:
         read = error
-    assert read == token or len(changed) < 40 or changed[20:80] not in str(read)  # the same, in base64's unused last bits
+    assert (
+        read == token or len(changed) < 40 or changed[20:80] not in str(read)
+    )  # the same, in base64's unused last bits
 
 
 @given(st.text(max_size=200))
