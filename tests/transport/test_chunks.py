@@ -14,6 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_sdk.crypto.hashing import tagged_hash
+from edge_sdk.crypto.merkle import MerkleTree
 from edge_sdk.errors import ParameterError, PeerError
 from edge_sdk.transport.chunks import (
     MAX_RETRY_S,
@@ -157,6 +159,25 @@ def test_the_same_chunks_under_another_size_are_another_blob(size):
             check_chunk(BlobRef(id=blob.ref.id, size=wrong), blob.chunk(0))
 
 
+@pytest.mark.parametrize("lengths", [(CHUNK_BYTES, 8), (CHUNK_BYTES, 6), (CHUNK_BYTES - 1, 7), (7, CHUNK_BYTES)])
+def test_a_blob_whose_author_cut_it_elsewhere_is_refused_although_its_proofs_are_right(lengths):
+    # Its chunks would lie over one another in the receiver's buffer, or run over its end.
+    size = CHUNK_BYTES + 7
+    leaves = [bytes_of(length, seed) for seed, length in enumerate(lengths)]
+    tree = MerkleTree(leaves)
+    ref = BlobRef(id=tagged_hash("blob", size.to_bytes(8, "little"), tree.root), size=size)
+    download = Download(ref)
+    refused = 0
+    for index, leaf in enumerate(leaves):
+        try:
+            download.add(Chunk(blob=ref.id, index=index, data=leaf, proof=list(tree.proof(index))), 0.0)
+        except PeerError as error:
+            assert "instead of" in str(error)  # noqa: PT017 - one of the two may have the right length
+            refused += 1
+    assert refused >= 1
+    assert not download.complete
+
+
 def test_a_chunk_that_came_already_is_harmless():
     blob = Blob.of(bytes_of(3 * CHUNK_BYTES))
     download = Download(blob.ref)
@@ -205,6 +226,21 @@ def test_a_slow_link_is_given_the_time_that_it_takes():
     download.add(blob.chunk(1), 12.0)
     download.pull(12.0)
     assert download.due_s == 12.0 + 3 * 8.0
+
+
+def test_a_new_chunk_ends_the_growth_of_the_delay_and_widens_the_window_by_one():
+    blob = Blob.of(bytes_of(20 * CHUNK_BYTES))
+    download = Download(blob.ref, window=8, retry_s=5.0)
+    download.pull(0.0)
+    for now_s in (5.0, 15.0, 35.0):
+        last = download.pull(now_s)
+    assert last.chunks == [0]
+    assert download.due_s == 35.0 + 40.0
+    download.add(blob.chunk(0), 36.0)
+    assert download.pull(36.0).chunks == [1, 2]
+    assert download.due_s == 36.0 + 5.0
+    download.add(blob.chunk(1), 36.0)
+    assert download.pull(36.0).chunks == [3, 4]
 
 
 def test_after_a_reconnect_what_was_under_way_is_asked_for_at_once():
@@ -446,6 +482,52 @@ def test_another_blobs_remains_under_the_name_are_not_taken(tmp_path):
     assert not third.complete
     finish(third, old)
     assert path.read_bytes() == bytes_of(4 * CHUNK_BYTES, 1)
+
+
+def test_what_remains_of_a_longer_blob_does_not_lengthen_the_new_one(tmp_path):
+    path = tmp_path / "blob"
+    old, new = Blob.of(bytes_of(4 * CHUNK_BYTES, 1)), Blob.of(bytes_of(CHUNK_BYTES + 1, 2))
+    download = FileDownload(old.ref, path)
+    download.add(old.chunk(3), 0.0)
+    download.close()
+    finish(FileDownload(new.ref, path), new)
+    assert path.read_bytes() == bytes_of(CHUNK_BYTES + 1, 2)
+
+
+def test_another_file_of_the_same_size_is_not_taken_for_the_blob(tmp_path):
+    path = tmp_path / "blob"
+    path.write_bytes(bytes_of(2 * CHUNK_BYTES, 1))
+    blob = Blob.of(bytes_of(2 * CHUNK_BYTES, 2))
+    download = FileDownload(blob.ref, path)
+    assert not download.complete
+    finish(download, blob)
+    assert path.read_bytes() == bytes_of(2 * CHUNK_BYTES, 2)
+
+
+def test_a_blob_gets_its_name_when_its_bytes_are_on_disk_and_keeps_its_proofs_until_then(tmp_path, monkeypatch):
+    # No test can pull the plug, so this one holds the order of the calls.
+    calls = []
+    fsync, replace, unlink = os.fsync, os.replace, Path.unlink
+
+    def noting_fsync(fd: int) -> None:
+        calls.append(("fsync", Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+        fsync(fd)
+
+    def noting_replace(source: Path, target: Path) -> None:
+        calls.append(("replace", Path(target).name))
+        replace(source, target)
+
+    def noting_unlink(path: Path, missing_ok: bool = False) -> None:
+        calls.append(("unlink", path.name))
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "replace", noting_replace)
+    monkeypatch.setattr(Path, "unlink", noting_unlink)
+    blob = Blob.of(bytes_of(2 * CHUNK_BYTES))
+    finish(FileDownload(blob.ref, tmp_path / "blob"), blob)
+    assert calls[:3] == [("fsync", "blob.part"), ("replace", "blob"), ("fsync", tmp_path.name)]
+    assert ("unlink", "blob.proofs") in calls[3:]
 
 
 def test_a_blob_that_is_there_is_complete_at_once(tmp_path):

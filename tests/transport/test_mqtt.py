@@ -510,9 +510,109 @@ def test_what_a_stuck_broker_does_not_take_is_bounded(fake, closing, monkeypatch
     for _ in range(100):
         device.link.send(bytes(100_000))
     assert device.link.unsent_bytes <= 1 << 20
+    assert device.link.unsent_bytes > 0
     assert device.link.dropped >= 89
     device.link.close()
     assert not device.link._link._thread.is_alive()
+
+
+def test_what_was_not_taken_when_the_link_broke_is_not_sent_later(fake, closing, monkeypatch):
+    monkeypatch.setattr(mqtt, "FLUSH_S", 0.1)
+    heard = []
+    end, done = threading.Event(), threading.Event()
+    closing.callback(end.set)
+
+    def breaking(connection: socket.socket) -> None:
+        accepting(connection)
+        end.wait(DEADLINE_S)
+        connection.close()
+
+    def listening(connection: socket.socket) -> None:
+        accepting(connection)
+        heard.append(connection.recv(4096))
+        done.set()
+
+    device = device_on(closing, fake(breaking, listening).url, fresh_name())
+    device.until_connected()
+    for _ in range(40):
+        device.link.send(bytes(100_000))
+    assert device.link.unsent_bytes > 0
+    end.set()
+    device.until_lost()
+    assert device.link.unsent_bytes == 0
+    device.until_connected()
+    device.link.send(b"news")
+    assert done.wait(DEADLINE_S)
+    assert heard[0].endswith(b"news")
+    assert len(heard[0]) < 200
+
+
+def test_a_device_takes_only_what_is_on_its_own_topic(fake, closing):
+    name = fresh_name()
+
+    def publish(topic: str, payload: bytes) -> bytes:
+        body = len(topic).to_bytes(2, "big") + topic.encode() + payload
+        assert len(body) < 128
+        return bytes([0x30, len(body)]) + body
+
+    def misdelivering(connection: socket.socket) -> None:
+        accepting(connection)
+        connection.sendall(
+            publish(DOWN + "ab" * 32, b"for another") + publish("x", b"?") + publish(DOWN + name, b"mine")
+        )
+
+    device = device_on(closing, fake(misdelivering).url, name)
+    assert device.until(lambda seen: any(isinstance(item, bytes) for item in seen)) == [Connected(), b"mine"]
+
+
+def over_tls(server: Credentials, script: Callable[[socket.socket], None]) -> Callable[[socket.socket], None]:
+    """The script over TLS, for clients of the server's own authority."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(server.certificate_path, server.key_path)
+    context.load_verify_locations(server.ca_path)
+    context.verify_mode = ssl.CERT_REQUIRED
+
+    def wrapped(connection: socket.socket) -> None:
+        with context.wrap_socket(connection.dup(), server_side=True, do_handshake_on_connect=False) as encrypted:
+            with contextlib.suppress(ssl.SSLError):
+                encrypted.do_handshake()
+                script(encrypted)
+            connection.recv(1 << 20)  # until the client has read and left: closing sooner could overtake an alert
+            with contextlib.suppress(OSError):
+                while connection.recv(1 << 20):
+                    pass
+
+    return wrapped
+
+
+def test_frames_that_share_a_record_of_tls_are_all_read_at_once(fake, closing, authority):
+    # When the first is read, the others are in TLS's buffer, and the socket has nothing more to wake anybody.
+    name = fresh_name()
+    topic = (DOWN + name).encode()
+    publish = bytes([0x30, 2 + len(topic) + 1, 0, len(topic)]) + topic
+
+    def bundling(connection: socket.socket) -> None:
+        accepting(connection)
+        connection.sendall(b"".join(publish + bytes([n]) for n in range(50)))
+
+    broker = fake(over_tls(authority.issue("127.0.0.1", server=True), bundling))
+    url = broker.url.replace("mqtt:", "mqtts:")
+    device = device_on(closing, url, name, credentials=authority.issue(name), plaintext=False)
+    device.until_connected()
+    assert device.until(lambda seen: len(seen) >= 50) == [bytes([n]) for n in range(50)]
+
+
+def test_a_certificate_that_the_broker_says_it_refuses_is_shown_less_often(fake, closing, authority, tmp_path):
+    name = fresh_name()
+    theirs = Authority(tmp_path / "other").issue(name)
+    ours = dataclasses.replace(theirs, ca_path=authority.ca_path)
+    broker = fake(over_tls(authority.issue("127.0.0.1", server=True), accepting))
+    backoff = Noting()
+    url = broker.url.replace("mqtt:", "mqtts:")
+    device = device_on(closing, url, name, credentials=ours, plaintext=False, backoff=backoff)
+    assert "unknown ca" in device.until_lost()
+    backoff.until(2)
+    assert backoff.noted[:2] == [(1, True), (2, True)]
 
 
 def test_a_reader_that_stays_away_loses_frames_and_not_the_link(broker, closing, monkeypatch):
