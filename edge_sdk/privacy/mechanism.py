@@ -19,7 +19,7 @@ from edge_sdk.crypto.stream import KeyStream
 from edge_sdk.errors import ParameterError
 from edge_sdk.privacy.noise import MAX_SIGMA, noise_sampler
 from edge_sdk.privacy.rotation import block_length, rotate, rotate_back
-from edge_sdk.privacy.rounding import round_conditionally, round_stochastically, rounded_norm_bound
+from edge_sdk.privacy.rounding import round_conditionally, round_stochastically, rounded_norm_bound, square_norm
 
 F64 = NDArray[np.float64]
 Unit = Literal["device", "example"]
@@ -237,7 +237,7 @@ def _directed(vector: F64) -> tuple[F64, float, float]:
     if largest == 0.0:
         return vector, 0.0, 0.0
     unit = vector / largest
-    return unit, float(np.sqrt(unit @ unit)), largest
+    return unit, math.sqrt(square_norm(unit)), largest
 
 
 def device_metrics(mechanism: Mechanism, vector: F64, count: float, correct: float, loss: float) -> MetricSums:

@@ -1,5 +1,6 @@
 """Rounding is unbiased, and a rounded vector is never longer than the sensitivity that the noise was made for."""
 
+from fractions import Fraction
 from itertools import product
 from math import ceil, exp, inf, log, nan, sqrt
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from edge_sdk.crypto.stream import KeyStream
 from edge_sdk.errors import ParameterError
-from edge_sdk.privacy.rounding import round_conditionally, round_stochastically, rounded_norm_bound
+from edge_sdk.privacy.rounding import round_conditionally, round_stochastically, rounded_norm_bound, square_norm
 
 KEY = b"another key of thirty-two bytes."
 HALF = exp(-0.5)  # sqrt(2 ln(1 / beta)) = 1
@@ -194,3 +195,11 @@ def test_the_bound_grows_as_beta_falls_and_never_passes_one_step_a_coordinate():
     assert bounds[-1] <= 50 + sqrt(1000)
     assert rounded_norm_bound(0.0, 1, 0.5) <= sqrt(0.25 + sqrt(2 * log(2)) / 2)
     assert rounded_norm_bound(inf, 1, 0.5) == inf
+
+
+def test_a_norm_does_not_lose_digits_with_the_number_of_coordinates():
+    """One large square first: added one by one, each of the others would be lost or rounded the same way."""
+    vector = np.full(2_000_001, 1 + 2.0**-20)
+    vector[0] = 2.0**26
+    exact = Fraction(2) ** 52 + 2_000_000 * Fraction(1 + 2.0**-20) ** 2
+    assert abs(Fraction(square_norm(vector)) - exact) <= exact * Fraction(1, 10**13)
