@@ -129,6 +129,8 @@ class _Present:
 
     tasks: frozenset[str] | None
     """Those that it has examples for; None if it has not said so since the server started."""
+    heard: bool = True
+    """Whether our link has been up since its Hello: else what was sent to it may be lost."""
 
     def trains(self, task: str) -> bool:
         return self.tasks is None or task in self.tasks
@@ -225,7 +227,7 @@ class Server:
         # one that is away is lost, which is nothing new.
         for device, row in self._devices.items():
             if row.last_seen_s is not None:
-                self._present[device] = _Present(None)
+                self._present[device] = _Present(None, heard=False)
                 self._welcome(device)
 
     # --- the loop
@@ -245,8 +247,10 @@ class Server:
                     self._on_frame(device, frame, now_s)
                 case Connected():
                     log.info("connected to the broker")
+                    self._doubt_presence()
                 case Lost(reason):
                     log.warning("lost the broker: %s", reason)
+                    self._doubt_presence()
         self._look(now_s)
         for live in list(self._live.values()):
             self._advance(live, now_s)
@@ -468,13 +472,20 @@ class Server:
         self._mail.answer(device, encode_frame(frame))
 
     def _on_hello(self, device: str, hello: Hello, now_s: float) -> None:
+        before = self._present.get(device)
         self._present[device] = _Present(frozenset(position.task for position in hello.tasks))
         self._seen.add(device)
+        self._welcome(device)
+        if before is not None and before.heard:
+            return  # it was here all the time, and only asks how things stand
         for live in self._live.values():
             for post in live.posts.values():
                 if post.device == device:
                     post.again()
-        self._welcome(device)
+
+    def _doubt_presence(self) -> None:
+        for present in self._present.values():
+            present.heard = False
 
     def _leave(self, device: str) -> None:
         self._present.pop(device, None)

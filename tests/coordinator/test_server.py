@@ -7,6 +7,7 @@ taken, every receipted one among them, none counted twice.
 from __future__ import annotations
 
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -539,6 +540,52 @@ def test_a_restart_in_every_phase_goes_on_with_the_same_round(tmp_path):
         fleet.restart()
     ended = finish(fleet, rounds=2)
     assert [truth.number for truth in ended] == [0, 1]
+
+
+def test_uploads_are_flushed_before_the_rows_that_name_them(tmp_path, monkeypatch):
+    order = []
+    fdatasync = os.fdatasync
+
+    def spy(fd):
+        fdatasync(fd)
+        order.append("flushed")
+
+    monkeypatch.setattr("coordinator.store.os.fdatasync", spy)
+    fleet = make(tmp_path, server={"passed": order.append})
+    fleet.run(fleet.saw(events.Contributed, DEVICES))
+    fleet.close()
+    pending = False
+    for point in order:
+        if point == "vector written":
+            pending = True
+        elif point == "flushed":
+            pending = False
+        elif point == "before commit":
+            assert not pending, order
+    assert order.count("vector written") == DEVICES
+
+
+def test_what_a_member_said_counts_after_a_restart_though_it_is_gone(tmp_path):
+    """With three helpers all must sign and two must answer: one signs and answers, and is never seen again."""
+    fleet = make(tmp_path)
+    gone, other, silent = fleet.devices[DEVICES:]
+    fleet.run(fleet.saw(events.Contributed, DEVICES))
+    fleet.leave(other)
+    fleet.leave(silent)
+    (live,) = fleet.server._live.values()
+    number = live.round.epoch.member_number(gone.identity.public_key)
+    fleet.run(lambda: live.posts[number].has_signed)
+    fleet.restart()
+    (live,) = fleet.server._live.values()
+    assert live.posts[number].has_signed
+    for helper in (other, silent):
+        helper.lie = lambda device, kind, reply: wrap(Release, Signed(b"", bytes(64))) if kind == "release" else reply
+    fleet.connect(other, silent)
+    fleet.run(lambda: live.posts[number].has_answered or fleet.server._live[live.tid].posts[number].has_answered)
+    fleet.leave(gone)
+    fleet.restart()
+    other.lie = None
+    finish(fleet)
 
 
 def killed(directory, devices=DEVICES, **task):
