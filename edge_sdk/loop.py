@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from edge_sdk import events
-from edge_sdk.contributing import CannotSend, Contributing, Rules, RulesFile, read_bundle
+from edge_sdk.contributing import CannotSend, Contributing, Rules, RulesFile, check_fits, read_bundle
 from edge_sdk.crypto.hashing import content_hash
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError, PeerError, RoundAborted, SordinoError
@@ -549,13 +549,14 @@ class Loop:
 
     def _contribute(self, task: str, entered: _Entered, here: Here) -> None:
         ticket, own = entered.training.round.ticket, self._p.tasks[task]
-        self._emit(events.Training(task, ticket.round))
         started_s = self._now
         self._training = task
         try:
             rules = self._rules()
             bundle = read_bundle(here.bundle, task, rules.policy, self._p.max_bundle_bytes)
+            check_fits(entered.training.round, bundle)
             parameters = here.parameters.read_bytes()
+            self._emit(events.Training(task, ticket.round))
             sent = own.contribute(
                 entered.training, entered.enrolled, bundle, parameters, rules.ledger, self._p.clock.time_s,
                 lambda: self._stop_training(entered),

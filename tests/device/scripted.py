@@ -1,4 +1,4 @@
-"""A coordinator on the protocol's own code, turned by the tests: one round at a time, on a hub in memory, in their clock.
+"""A coordinator on the protocol's own code, turned by the tests: a round at a time, a hub in memory, a clock of theirs.
 
 `World` has the keys of everybody but the device under test. It answers hellos, serves blobs, pulls uploads, takes
 contributions and gives receipts, as far as a test lets it (`mute`).
@@ -18,7 +18,7 @@ from edge_sdk.bundle import Bundle, write_bundle
 from edge_sdk.config import Config
 from edge_sdk.crypto.hashing import content_hash, derive_key
 from edge_sdk.crypto.identity import Identity
-from edge_sdk.crypto.sealing import PREKEY_SEED_BYTES
+from edge_sdk.crypto.sealing import PREKEY_SEED_BYTES, encapsulate
 from edge_sdk.device import Device
 from edge_sdk.enrolment import Membership
 from edge_sdk.errors import RoundAborted, SordinoError
@@ -26,7 +26,7 @@ from edge_sdk.ledger import create_ledger
 from edge_sdk.loop import Clock
 from edge_sdk.privacy.mechanism import METRICS
 from edge_sdk.protocol import aggregator, authority, member
-from edge_sdk.protocol.contributor import Contribution
+from edge_sdk.protocol.contributor import Contribution, Enrolled, Idle, Terms
 from edge_sdk.protocol.messages import (
     Delivery,
     Header,
@@ -43,7 +43,8 @@ from edge_sdk.protocol.messages import (
     verify,
     wrap,
 )
-from edge_sdk.protocol.rounds import Round, sign_ticket
+from edge_sdk.protocol.reference import stand_in_ledger
+from edge_sdk.protocol.rounds import Round, sign_ticket, split_shares
 from edge_sdk.transport import Connected, Inbound, Lost
 from edge_sdk.transport.chunks import Blob, Download
 from edge_sdk.transport.memory import MemoryHub, MemoryTransport
@@ -232,10 +233,11 @@ class World:
 
     # Rounds.
 
-    def ticket(self, number: int = 0, **changes: object) -> Round:
+    def ticket(self, number: int = 0, *, to_helpers: bool = True, **changes: object) -> Round:
         """Open a round: every member's newest offer, the model as it stands."""
         noise = {
-            "unit": self.unit, "clip": 1.0, "granularity": 1e-3, "sigma": 3000.0, "metric_scale": 0.1, "loss_bound": 5.0,
+            "unit": self.unit, "clip": 1.0, "granularity": 1e-3, "sigma": 3000.0, "metric_scale": 0.1,
+            "loss_bound": 5.0,
             "device_rate": 1.0, "example_rate": 0.5 if self.unit == "example" else 1.0,
         }  # fmt: skip
         work = {"learning_rate": 0.1, "epochs": 0, "steps": 0, "proximal": 0.0, "weight_cap": 0}
@@ -245,21 +247,19 @@ class World:
         fields = {
             "version": 1, "epoch": self.epoch.id, "task": TASK, "round": number, "previous": self.previous,
             "bundle": self.bundle.hash, "parameters": content_hash(self.parameters.astype("<f4").tobytes()),
-            "dimension": self.bundle.dimension + (METRICS if plan.metric_scale else 0), "n_max": self.devices, "honest": 2,
-            "groups": 1, "noise": plan, "work": Work(**{**work, **self.work}),
+            "dimension": self.bundle.dimension + (METRICS if plan.metric_scale else 0), "n_max": self.devices,
+            "honest": 2, "groups": 1, "noise": plan, "work": Work(**{**work, **self.work}),
             "prekeys": [self._offer(entry.key) for entry in self.epoch.members],
             "closes_s": int(self.time.now_s) + OPEN_S, "expires_s": int(self.time.now_s) + EXPIRES_S,
         }  # fmt: skip
         round_ = sign_ticket(self.coordinator, self.epoch, Ticket(**{**fields, **changes}))
-        self.announce(round_)
-        return round_
-
-    def announce(self, round_: Round) -> None:
         self.previous = round_.tid
         self.tickets[TASK] = round_.signed
         self.rounds[round_.tid] = aggregator.Collecting(round_)
-        for helper in self.helpers:
-            self._tell(helper, wrap(Ticket, round_.signed))
+        for helper in self.helpers if to_helpers else ():
+            if helper.public_key in self.members:
+                self._tell(helper, wrap(Ticket, round_.signed))
+        return round_
 
     def _offer(self, key: bytes) -> Signed:
         helper = next((helper for helper in self.helpers if helper.public_key == key), None)
@@ -281,10 +281,8 @@ class World:
     def finish(self, round_: Round) -> aggregator.State:
         """Seal, certify, release and open with the helpers, after the deadline."""
         state = self.rounds[round_.tid]
-        for key, entry in ((helper.public_key, helper) for helper in self.helpers):
-            number = self.epoch.member_number(key)
-            items = [(c.header, self._share(round_, c, number)) for c in self.taken.values()]
-            self._tell(entry, wrap(Delivery, Delivery(round_.tid, items)))
+        for helper in self.helpers:
+            self._tell(helper, self.delivery_to(helper.public_key, round_))
         state = aggregator.seal(state, self.coordinator, now_s=round_.ticket.closes_s)
         for helper in self.helpers:
             state = aggregator.step(state, self._tell(helper, wrap(aggregator.Seal, state.seal)) or b"")
@@ -298,15 +296,29 @@ class World:
         self.rounds[round_.tid] = aggregator.open_round(state, sums, self.coordinator, final=True)
         return self.rounds[round_.tid]
 
+    def delivery_to(self, key: bytes, round_: Round) -> bytes:
+        """All contributions of the round, for one member."""
+        number = self.epoch.member_number(key)
+        items = [
+            (c.header, split_shares(round_, decode(Header, c.header.body), c.shares)[number - 1])
+            for c in self.taken.values()
+        ]
+        return wrap(Delivery, Delivery(round_.tid, items))
+
+    def contribute_as(self, round_: Round, number: int, integers: np.ndarray) -> None:
+        """A contribution of a device that is played here."""
+        identity = self.identities[number]
+        index, proof = self.roster.enrolment(identity.public_key)
+        training = Idle(TASK).on_ticket(round_, Terms(round_.ticket.bundle), self.time.now_s)
+        sent = training.contribute(
+            integers, Enrolled(identity, index, proof), stand_in_ledger(identity.public_key, round_.ticket.round),
+            seed("entropy", number, round_.tid), encapsulate, self.time.now_s,
+        )  # fmt: skip
+        self._accept(identity.public_key, sent.contribution)
+
     @property
     def by_sender(self) -> dict[int, Contribution]:
         return {decode(Header, c.header.body).sender: c for c in self.taken.values()}
-
-    @staticmethod
-    def _share(round_: Round, contribution: Contribution, number: int):
-        from edge_sdk.protocol.rounds import split_shares
-
-        return split_shares(round_, decode(Header, contribution.header.body), contribution.shares)[number - 1]
 
     # Frames.
 
@@ -344,6 +356,7 @@ class World:
         """Handle everything that devices sent."""
         if self.turning:
             return
+        assert self.time.now_s < START_S + 50_000, "a test that does not end"
         self.turning = True
         try:
             while True:
@@ -427,9 +440,3 @@ class World:
     def letters_of(self, kind: type) -> list[Signed]:
         found: Iterable = (unwrap(data) for _, data in self.letters)
         return [message for of, message in found if of is kind]
-
-
-def noisy_sum_of(done: aggregator.State) -> np.ndarray:
-    """The one group's opened sum."""
-    assert isinstance(done, aggregator.Done), done
-    return done.sums[0].values
