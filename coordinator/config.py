@@ -130,7 +130,8 @@ def decode_toml(text: str, kind: type[S], source: str) -> S:
         return msgspec.convert(tables, kind)
     except msgspec.ValidationError as error:
         what, _, path = str(error).partition(" - at `$")
-        keys = re.findall(r"[A-Za-z0-9_-]+", path.replace("[...]", ""))
+        keys = re.findall(r"[A-Za-z0-9_-]+", re.sub(r"\[[^\]]*\]", "", path))  # without places in lists
+        what = what.replace("matching regex '^[0-9a-f]{64}\\\\Z'", "of 64 hexadecimal digits, small letters")
         named = re.fullmatch(r"Object (contains unknown|missing required) field `(.+)`", what)
         if named is not None:
             keys.append(named[2])

@@ -1,0 +1,459 @@
+"""The operator's commands: each as a process or through `main`, with what it says and what it leaves."""
+
+import contextlib
+import json
+import logging
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coordinator.__main__ import main
+from coordinator.config import Config
+from coordinator.serving import serving_pid
+from coordinator.store import Store
+from edge_sdk import enrolment
+from edge_sdk.bundle import Bundle
+from edge_sdk.device import Device
+from edge_sdk.errors import ParameterError
+from edge_sdk.transport import Connected
+from edge_sdk.transport.mqtt import Backoff, Credentials, MqttTransport
+
+ROOT = Path(__file__).parents[2]
+BUNDLE = ROOT / "examples" / "demo" / "digits.bundle"
+PUBLISHER = "a9b2780b2d21611cac8c60cc51071dc35fe7ca4b03feb45904871ff11797255f"
+DEADLINE_S = 60.0
+TASK = f"""
+name = "digits"
+bundle = "{BUNDLE}"
+publisher = "{PUBLISHER}"
+unit = "example"
+rounds = 4
+
+[privacy]
+clip = 0.7
+delta = 1e-4
+noise_multiplier = 3.0
+example_rate = 0.3
+metric_scale = 0.01
+loss_bound = 3.0
+
+[cohort]
+expected = 4
+spread = 0.0
+honest = 2
+n_max = 4
+examples = 72
+
+[schedule]
+open_s = 60
+grace_s = 0.05
+answer_s = 600
+"""
+
+
+def free_ports(count):
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """`main` sets logging up for a process of its own."""
+    handlers, level = list(logging.root.handlers), logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+
+
+class Operator:
+    """Somebody with a directory, who types commands."""
+
+    def __init__(self, directory, capsys):
+        self.directory, self._capsys = directory, capsys
+        self.ports = free_ports(2)
+        self.serving = None
+
+    def __call__(self, *words, code=0):
+        """What a command says with --json: its objects; or with another exit code, its last words."""
+        self._capsys.readouterr()
+        got = main([*map(str, words), "--dir", str(self.directory), "--json"])
+        said = self._capsys.readouterr()
+        assert got == code, said.err
+        return [json.loads(line) for line in said.out.splitlines()] if code == 0 else said.err
+
+    @property
+    def setup(self):
+        ports = ["--enrolment-port", str(self.ports[0]), "--broker-port", str(self.ports[1])]
+        return [*ports, "--publisher", PUBLISHER]
+
+    def init(self, *more):
+        return self("init", *self.setup, *more)[0]
+
+    def serve(self, *more):
+        """A process, as systemd or a shell would start it; it serves when this returns."""
+        words = [sys.executable, "-m", "coordinator", "serve", "--dir", str(self.directory), "--json", *more]
+        log = self.directory.with_suffix(".log").open("ab")
+        self.serving = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT)
+        log.close()
+        line = self.serving.stdout.readline()
+        assert line, self.directory.with_suffix(".log").read_text()[-2000:]
+        return json.loads(line)
+
+    def events(self, last):
+        """Events until one of this kind, that one included."""
+        seen = []
+        for line in self.serving.stdout:
+            seen.append(json.loads(line))
+            if seen[-1]["event"] == last:
+                return seen
+        raise AssertionError(self.directory.with_suffix(".log").read_text()[-2000:])
+
+    def end(self, how=signal.SIGTERM):
+        if self.serving is not None:
+            self.serving.send_signal(how)
+            code = self.serving.wait(DEADLINE_S)
+            self.serving.stdout.close()
+            self.serving = None
+            return code
+        return None
+
+    def invite(self, *more):
+        return self("invite", *more)[0]["token"]
+
+
+@pytest.fixture
+def operator(tmp_path, capsys):
+    operator = Operator(tmp_path / "fleet", capsys)
+    yield operator
+    operator.end(signal.SIGKILL)
+
+
+@pytest.fixture
+def task_file(tmp_path):
+    path = tmp_path / "digits.toml"
+    path.write_text(TASK)
+    return path
+
+
+# Setting up
+
+
+def test_init_makes_keys_that_only_their_owner_reads_and_says_what_is_taken_on_trust(operator):
+    made = operator("init")[0]
+    keys = ["ca.key", "coordinator.key", "authority.key", "publisher.key"]
+    assert all(stat.S_IMODE((operator.directory / key).stat().st_mode) == 0o600 for key in keys)
+    assert stat.S_IMODE(operator.directory.stat().st_mode) == 0o700
+    assert len(made["assumptions"]) == 2
+    assert all("an honest coordinator is assumed" in line for line in made["assumptions"])
+    assert operator("status")[0]["assumptions"] == made["assumptions"]
+
+
+def test_with_keys_that_live_apart_nothing_is_assumed_and_no_key_of_theirs_is_here(operator):
+    made = operator.init("--authority", "ab" * 32)
+    assert made["assumptions"] == []
+    assert (made["authority"], made["publishers"]) == ("ab" * 32, [PUBLISHER])
+    assert not (operator.directory / "authority.key").exists()
+    assert not (operator.directory / "publisher.key").exists()
+
+
+def test_init_replaces_nothing(operator):
+    operator.init()
+    before = {path.name: path.read_bytes() for path in operator.directory.iterdir()}
+    assert "is there already" in operator("init", code=1)
+    assert {path.name: path.read_bytes() for path in operator.directory.iterdir()} == before
+
+
+def test_an_init_that_was_cut_short_is_finished_by_the_next_with_the_same_keys(operator):
+    operator.init()
+    kept = (operator.directory / "coordinator.key").read_bytes()
+    for name in ("coordinator.toml", "ca.pem", "authority.key"):
+        (operator.directory / name).unlink()
+    operator.init()
+    assert (operator.directory / "coordinator.key").read_bytes() == kept
+
+
+@pytest.mark.parametrize("words", [["status"], ["invite"], ["task", "list"], ["revoke", "ab" * 32]])
+def test_commands_in_an_empty_directory_say_that_init_is_missing(operator, words):
+    assert "edge-coordinator" in operator(*words, code=1)
+    assert not (operator.directory / "coordinator.db").exists()
+
+
+def test_a_directory_that_others_can_read_is_refused(operator):
+    operator.directory.mkdir(mode=0o755)
+    (operator.directory / "something").touch()
+    assert "chmod 700" in operator("init", code=1)
+
+
+def test_an_address_of_all_networks_needs_a_name(operator):
+    assert "--name is needed" in operator("init", "--address", "0.0.0.0", code=1)  # noqa: S104
+    operator.init("--address", "0.0.0.0", "--name", "fleet.example.org")  # noqa: S104
+    assert operator("status")[0]["broker_url"].startswith("mqtts://fleet.example.org:")
+
+
+@pytest.mark.parametrize("words", [[], ["fly"], ["task"], ["invite", "--role", "king"], ["revoke"]])
+def test_usage_is_exit_code_2(words):
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+
+
+# coordinator.toml
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("broker_port = ", "broker_port = 0 #", r"line \d+: \[listen\] broker_port: .*>= 1"),
+        ("broker_port = ", "brocker_port = 1 #", r"line \d+: \[listen\] brocker_port: there is no such key"),
+        ('fleet = "sordino"', "", "fleet: missing: add it"),
+        ('fleet = "sordino"', 'fleet = "So rdino"', "line 3: fleet"),
+        ('kind = "auto"', 'kind = "rabbit"', r"line \d+: \[broker\] kind"),
+        ('kind = "auto"', 'kind = "external"', r"line \d+: \[broker\] url: given exactly when"),
+        (
+            'committee = "everyone"',
+            'committee = "drawn"',
+            r"line \d+: \[authority\] committee_size: given exactly when",
+        ),
+        ("corrupt_devices = 1", "corrupt_devices = -1", r"line \d+: \[authority\] corrupt_devices: .*>= 1"),
+        (
+            "epoch_days = 30.0",
+            'epoch_days = "long"',
+            r"line \d+: \[authority\] epoch_days: expected `float`, got `str`",
+        ),
+        ("publishers = [", 'publishers = ["xyz", ', r"line \d+: publishers"),
+        ("[limits]", "[limits", "not TOML"),
+        ("[limits]", "[unlimited]", r"line \d+: unlimited|line \d+: \[unlimited\]|unlimited: there is no such key"),
+    ],
+)
+def test_an_error_in_coordinator_toml_names_line_and_key(operator, old, new, message):
+    operator("init")
+    path = operator.directory / "coordinator.toml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ParameterError, match=message):
+        Config.read(operator.directory)
+    assert "coordinator.toml" in operator("status", code=1)
+
+
+# Who is in
+
+
+def test_invitations_are_counted_and_differ(operator):
+    operator.init()
+    said = operator("invite", "--count", "3", "--tag", "kitchen", "--hours", "1")
+    assert len({line["token"] for line in said}) == 3
+    assert all(line["tags"] == ["kitchen"] and line["role"] == "device" for line in said)
+    assert operator("status")[0]["invitations"] == 3
+    assert "--count" in operator("invite", "--count", "0", code=1)
+    assert "--hours" in operator("invite", "--hours", "-1", code=1)
+
+
+def test_without_json_invite_prints_tokens_alone_on_stdout(operator, capsys):
+    operator.init()
+    capsys.readouterr()
+    assert main(["invite", "--dir", str(operator.directory), "--count", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [enrolment.Token.read(line).role for line in lines] == ["device", "device"]
+
+
+def test_revoke_needs_an_unambiguous_device(operator):
+    operator.init()
+    store = Store(operator.directory)
+    with store.transaction() as rows:
+        for key in (b"\xab\xcd" * 16, b"\xab\xce" * 16):
+            rows.add_device(key, "device", [], 1.0)
+    store.close()
+    assert "names 0 devices" in operator("revoke", "ffffffff", code=1)
+    assert "names 2 devices" in operator("revoke", "ab", code=1)
+    assert "names 1 devices" in operator("revoke", "abcd", code=1)  # of one, but too short to be meant
+    assert operator("revoke", "ABCDABCD")[0] == {"device": "abcd" * 16, "revoked": True, "was_enrolled": True}
+    assert operator("revoke", "abcdabcd")[0]["was_enrolled"] is False
+    assert (operator("status")[0]["devices"], operator("status")[0]["revoked"]) == (1, 1)
+
+
+# Tasks and models
+
+
+def test_a_task_from_its_file_to_an_exported_model(operator, task_file, tmp_path):
+    operator.init()
+    planned = operator("task", "add", task_file)[0]
+    assert planned["task"] == "digits"
+    assert 0 < planned["readers_epsilon"] < planned["ledger_readers"]
+    assert operator("task", "list") == [{"task": "digits", "state": "running", "model": 0, "next_round": 0}]
+    assert operator("task", "pause", "digits")[0]["state"] == "paused"
+    assert operator("task", "resume", "digits")[0]["state"] == "running"
+    assert operator("task", "skip-round", "digits")[0]["next_round"] == 1
+    out, bundle_out = tmp_path / "model.npy", tmp_path / "out.bundle"
+    operator("model", "export", "digits", "--out", out, "--bundle", bundle_out)
+    bundle = Bundle.read(bundle_out.read_bytes(), bytes.fromhex(PUBLISHER))
+    assert np.array_equal(np.load(out), bundle.flatten(bundle.parameters()))
+    operator("model", "export", "digits", "--out", tmp_path / "model.f32", "--number", "0")
+    assert np.array_equal(np.fromfile(tmp_path / "model.f32", dtype="<f4"), np.load(out))
+    assert [line["model"] for line in operator("model", "list", "digits")] == [0]
+    page = operator("report", "digits")[0]["markdown"]
+    assert "Nothing yet: no device sent anything" in page
+    assert "the fleet authority's key lies beside" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["task", "pause", "other"], "no task 'other'"),
+        (["task", "skip-round", "other"], "no task 'other'"),
+        (["model", "list", "other"], "no task 'other'"),
+        (["report", "other"], "no task 'other'"),
+        (["model", "export", "digits", "--out", "x.npy", "--number", "7"], "no model 7: 0 to 0"),
+        (["model", "export", "digits", "--out", "x.onnx"], r".npy, or .f32"),
+        (["task", "add", "nowhere.toml"], "nowhere.toml"),
+    ],
+)
+def test_what_is_not_there_is_named(operator, task_file, words, message):
+    operator.init()
+    operator("task", "add", task_file)
+    assert message in operator(*words, code=1)
+
+
+def test_a_task_is_added_once_and_a_bundle_of_another_publisher_not_at_all(operator, task_file, tmp_path):
+    operator.init()
+    operator("task", "add", task_file)
+    assert "there is a task 'digits' already" in operator("task", "add", task_file, code=1)
+    other = tmp_path / "other.toml"
+    other.write_text(TASK.replace(PUBLISHER, "cd" * 32).replace('"digits"', '"other"'))
+    assert "not by the publisher" in operator("task", "add", other, code=1)
+    assert len(operator("task", "list")) == 1
+
+
+def test_an_authority_that_lives_apart_by_its_commands(operator, tmp_path):
+    key, roster, epoch = (tmp_path / name for name in ("fleet.key", "roster.json", "epoch.json"))
+    made = operator("authority", "init", "--out", key)[0]
+    operator.init("--authority", made["authority"])
+    store = Store(operator.directory)
+    with store.transaction() as rows:
+        for i in range(5):
+            rows.add_device(bytes([i]) * 32, "device", [], 1.0)
+    store.close()
+    assert operator("authority", "roster", "--out", roster)[0]["devices"] == 5
+    said = operator("authority", "epoch", "--key", key, "--roster", roster, "--out", epoch)[0]
+    assert (said["number"], said["members"], len(said["added"])) == (1, 5, 5)
+    assert operator("authority", "install", epoch)[0] == {"number": 1, "devices": 5}
+    assert operator("status")[0]["epoch"] == 1
+
+
+# Serving
+
+
+def link(operator, directory):
+    membership = enrolment.Membership.read(directory)
+    own = Credentials(*(directory / name for name in ("ca.pem", "tls.pem", "tls.key")))
+    quick = Backoff(first_s=0.05, longest_s=0.3, refused_s=0.1, longest_refused_s=0.3)
+    return MqttTransport(membership.broker, membership.device, own, backoff=quick)
+
+
+def wait_connected(transport):
+    deadline = time.monotonic() + DEADLINE_S
+    while not isinstance(transport.receive(0.5), Connected):
+        assert time.monotonic() < deadline
+
+
+def test_serve_in_an_empty_directory_lets_a_device_in_and_a_revoked_one_out(operator, tmp_path):
+    ready = operator.serve(*operator.setup)
+    assert (ready["event"], ready["pid"]) == ("serving", operator.serving.pid)
+    assert operator("status")[0]["serving"] == serving_pid(operator.directory) == operator.serving.pid
+    device = tmp_path / "device"
+    membership = enrolment.join(device, operator.invite("--tag", "kitchen"))
+    assert operator("status")[0]["devices"] == 1
+    transport = link(operator, device)
+    wait_connected(transport)
+    operator("revoke", membership.device)
+    transport.close()
+    # The broker hears of it within a second; a connection of before is heard by nobody (tests/broker).
+    deadline, refused = time.monotonic() + DEADLINE_S, False
+    while not refused:
+        assert time.monotonic() < deadline
+        again = link(operator, device)
+        refused = not isinstance(again.receive(2.0), Connected)
+        again.close()
+    with pytest.raises(enrolment.Refused, match="revoked"):
+        enrolment.renew(device)
+    assert operator.end() == 0
+    assert operator("status")[0]["serving"] is None
+
+
+def test_only_one_process_serves_and_the_other_disturbs_nothing(operator):
+    operator.serve(*operator.setup)
+    words = [sys.executable, "-m", "coordinator", "serve", "--dir", str(operator.directory)]
+    second = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False, timeout=DEADLINE_S)
+    assert second.returncode == 1
+    assert f"another process ({operator.serving.pid}) serves" in second.stderr
+    assert operator.serving.poll() is None
+    socket.create_connection(("127.0.0.1", operator.ports[1]), timeout=5).close()
+
+
+def test_a_port_that_is_taken_is_named_and_nothing_is_left_running(operator):
+    operator.init()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", operator.ports[0]))
+        taken.listen()
+        words = [sys.executable, "-m", "coordinator", "serve", "--dir", str(operator.directory)]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False, timeout=DEADLINE_S)
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{operator.ports[0]}" in done.stderr
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", operator.ports[1]))
+
+
+@pytest.mark.parametrize("broker", ["mosquitto", "amqtt"])
+def test_a_fleet_trains_and_kill_9_of_the_coordinator_loses_nothing(operator, task_file, tmp_path, broker):
+    operator.init("--broker", broker)
+    operator.serve()
+    rng = np.random.default_rng(1)
+    examples = (rng.random((70, 1, 8, 8), dtype=np.float32), rng.integers(0, 10, 70))
+    devices, threads = [], []
+    for number, line in enumerate(operator("invite", "--count", "4")):
+        directory = tmp_path / f"device{number}"
+        enrolment.join(directory, line["token"], ["digits"])
+        policy = directory / "policy.toml"
+        policy.write_text(policy.read_text().replace("min_honest = 10", "min_honest = 2"))
+        membership = enrolment.Membership.read(directory)
+        device = Device(directory, connect=lambda directory=directory: link(operator, directory))
+        device.register("digits", examples)
+        assert membership.role == "device"
+        devices.append(device)
+        threads.append(threading.Thread(target=device.run, daemon=True))
+        threads[-1].start()
+    try:
+        operator("task", "add", task_file)
+        seen = operator.events("model_published")
+        operator.end(signal.SIGKILL)
+        operator.serve()
+        seen += operator.events("task_done")
+    finally:
+        for device in devices:
+            device.stop()
+        for thread in threads:
+            thread.join(DEADLINE_S)
+    assert not any(thread.is_alive() for thread in threads)
+    assert "round_aborted" not in [event["event"] for event in seen]
+    models = operator("model", "list", "digits")
+    assert [model["model"] for model in models] == [0, 1, 2, 3, 4]
+    assert [model["parent"] for model in models[1:]] == [model["parameters"] for model in models[:-1]]
+    page = operator("report", "digits")[0]["markdown"]
+    assert "| readers of the models |" in page
+    assert "4 of 4 models published; rounds: 4 DONE" in page
+    out = tmp_path / "model.npy"
+    operator("model", "export", "digits", "--out", out)
+    assert np.load(out).dtype == np.float32
+    assert operator.end() == 0
