@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coordinator.__main__ import main
+from coordinator.__main__ import _parser, main
 from coordinator.config import Config
 from coordinator.serving import serving_pid
 from coordinator.store import Store
@@ -457,3 +457,22 @@ def test_a_fleet_trains_and_kill_9_of_the_coordinator_loses_nothing(operator, ta
     operator("model", "export", "digits", "--out", out)
     assert np.load(out).dtype == np.float32
     assert operator.end() == 0
+
+
+def documented():
+    """Every command of the operator's that a page shows, without its comment."""
+    pages = [ROOT / "docs" / "operating.md", ROOT / "hardware" / "systemd" / "sordino-coordinator.service"]
+    for page in pages:
+        for line in page.read_text().splitlines():
+            before, found, after = line.partition("edge-coordinator ")
+            if found and (before.startswith("    ") or before.startswith("ExecStart=")):
+                yield after.partition(" > ")[0].partition("#")[0].split()
+
+
+@pytest.mark.parametrize("words", documented(), ids=" ".join)
+def test_every_command_in_the_documentation_is_one(words):
+    assert _parser().parse_args(words).run is not None
+
+
+def test_the_documentation_has_commands():
+    assert len(list(documented())) > 15
