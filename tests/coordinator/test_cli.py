@@ -465,11 +465,11 @@ def documented():
     for page in pages:
         for line in page.read_text().splitlines():
             before, found, after = line.partition("edge-coordinator ")
-            if found and (before.startswith("    ") or before.startswith("ExecStart=")):
+            if found and before.startswith(("    ", "ExecStart=")):
                 yield after.partition(" > ")[0].partition("#")[0].split()
 
 
-@pytest.mark.parametrize("words", documented(), ids=" ".join)
+@pytest.mark.parametrize("words", list(documented()), ids=" ".join)
 def test_every_command_in_the_documentation_is_one(words):
     assert _parser().parse_args(words).run is not None
 
