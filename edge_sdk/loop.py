@@ -359,7 +359,7 @@ class Loop:
                     del self._replies[next(iter(self._replies))]
             self._send(Letter(parcel))
         for tid, session in self._p.serving.state.sessions.items():
-            if before.get(tid) is not session:
+            if before.get(tid) != session:
                 what = {Committed: "signed", Released: "released", Closed: "closed"}.get(type(session), "inspected")
                 if isinstance(session, Inspecting) and tid not in before:
                     what = "joined"

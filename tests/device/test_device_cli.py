@@ -1,0 +1,250 @@
+"""edge-device and edge-helper as people and scripts call them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scripted import EXAMPLES, TASK, World
+
+from edge_sdk import checkup, helper
+from edge_sdk.__main__ import main
+from edge_sdk.commands import _add_tasks
+from edge_sdk.config import Config, examples_source
+from edge_sdk.contributing import read_policy
+from edge_sdk.errors import ParameterError
+from edge_sdk.ledger import Ledger
+from edge_sdk.models import read_identity
+
+
+def call(entry, *arguments: str) -> SimpleNamespace:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = entry(arguments)
+        except SystemExit as end:
+            code = end.code
+    lines = [json.loads(line) for line in out.getvalue().splitlines()] if "--json" in arguments else []
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue(), lines=lines)
+
+
+@pytest.fixture
+def lived(tmp_path):
+    """A device's directory after one round, with its examples named in device.toml."""
+    world = World(tmp_path)
+    path = world.directory()
+    np.savez(path / "data.npz", x=EXAMPLES[0], y=EXAMPLES[1])
+    (path / "device.toml").write_text(f'[tasks.{TASK}]\nexamples = "data.npz"\n')
+    for name in ("identity.key", "ledger", "data.npz"):
+        (path / name).chmod(0o600)
+    world.ticket()
+    world.device(path, examples=None, config=Config.read(path)).run_once(60)
+    return path
+
+
+def test_help_imports_neither_numpy_nor_a_run_time():
+    code = (
+        "import sys, contextlib, edge_sdk.__main__ as m, edge_sdk.helper as h\n"
+        "for entry in (m.main, h.main):\n"
+        "    with contextlib.suppress(SystemExit): entry(['--help'])\n"
+        "print([name for name in ('torch', 'onnxruntime', 'numpy', 'cryptography', 'paho') if name in sys.modules])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines()[-1] == "[]"
+    assert "run" in ended.stdout
+
+
+def test_importing_the_device_loads_no_run_time_and_no_network():
+    code = (
+        "import sys, edge_sdk.device; print([n for n in ('torch', 'onnx', 'onnxruntime', 'paho') if n in sys.modules])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout == "[]\n"
+
+
+def test_status_says_what_became_of_the_last_round(lived):
+    found = call(main, "status", "--dir", str(lived), "--json")
+    assert found.code == 0
+    (status,) = found.lines
+    assert (status["role"], status["epoch"], status["fleet"]) == ("device", 1, "scripted")
+    (task,) = status["tasks"]
+    assert task["task"] == TASK
+    assert (task["examples"], task["allowed"], task["round"], task["waiting"], task["model"]) == (
+        True,
+        True,
+        0,
+        None,
+        0,
+    )
+    assert task["last"]["what"] == "delivered"
+    for line in ("tiny: model of 0 rounds", "round 0 delivered"):
+        assert line in call(main, "status", "--dir", str(lived)).out
+
+
+def test_ledger_names_both_observers_and_never_adds_them_up(lived):
+    found = call(main, "ledger", "--dir", str(lived), "--json")
+    (ledger,) = found.lines
+    assert (found.code, ledger["entries"], ledger["lifetime"]["rounds_sent"]) == (0, 2, 1)
+    assert {"readers", "coordinator"} <= ledger["lifetime"].keys()
+    assert ledger["lifetime"]["readers"]["epsilon"] > 0
+    text = call(main, "ledger", "--dir", str(lived)).out
+    assert "against readers of the models" in text
+    assert "against the coordinator" in text
+
+
+def test_ledger_and_status_work_beside_a_device_that_runs(lived):
+    policy = read_policy(lived)
+    owner = read_identity(lived).public_key
+    with Ledger(lived / "ledger", owner, policy.protects, policy.lifetime):
+        assert call(main, "ledger", "--dir", str(lived), "--json").code == 0
+
+
+def test_doctor_finds_nothing_wrong_but_what_a_script_has_not(lived):
+    found = call(main, "doctor", "--dir", str(lived), "--json")
+    result = {line["check"]: line["ok"] for line in found.lines}
+    assert result == {
+        "directory": True, "membership": True, "certificate": False, "disk": True, "policy": True, "ledger": True,
+        "state": True, "broker": False, "examples": True, "training": True,
+    }  # fmt: skip
+    assert found.code == 1
+    details = {line["check"]: line["detail"] for line in found.lines}
+    assert details["examples"] == "tiny: 24"
+    assert "ms for 4 examples" in details["training"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "check", "word"),
+    [
+        (lambda path: (path / "identity.key").chmod(0o644), "directory", "chmod 600"),
+        (lambda path: path.chmod(0o755), "directory", "chmod 700"),
+        (lambda path: (path / "identity.key").write_bytes(bytes(32)), "membership", "enrolled with"),
+        (lambda path: (path / "policy.toml").write_text("protects = 3"), "policy", "protects"),
+        (lambda path: spoil_byte(path / "ledger", 600), "ledger", "does not follow"),
+        (lambda path: (path / "ledger").unlink(), "ledger", "no ledger"),
+        (lambda path: (path / "data.npz").unlink(), "examples", "data.npz"),
+        (lambda path: (path / "state.db").write_bytes(bytes(4096)), "state", "state.db"),
+        (lambda path: add(path / "device.toml", '[tasks.other]\nexamples = "data.npz"\n'), "policy", "other"),
+    ],
+)
+def test_doctor_names_what_is_wrong(lived, spoil, check, word):
+    spoil(lived)
+    found = {finding.check: finding for finding in checkup.doctor(lived)}
+    assert found[check].ok is False
+    assert word in found[check].detail
+
+
+def spoil_byte(path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def add(path, text: str) -> None:
+    path.write_text(path.read_text() + text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        ((), 2, "required"),
+        (("join",), 2, "one of the arguments"),
+        (("join", "not a token"), 1, "not a token"),
+        (("run", "--frob"), 2, "unrecognized"),
+        (("status", "--dir", "/nowhere"), 1, "has not joined"),
+        (("once", "--dir", "/nowhere", "--max-seconds", "1"), 1, "has not joined"),
+        (("ledger", "--dir", "/nowhere"), 1, "identity.key"),
+    ],
+)
+def test_exit_codes_tell_a_failure_from_a_wrong_call(arguments, code, word):
+    found = call(main, *arguments)
+    assert found.code == code
+    assert word in found.err
+
+
+def test_a_helper_has_no_task_commands():
+    assert call(helper.main, "once").code == 2
+    assert call(helper.main, "status", "--dir", "/nowhere").code == 1
+
+
+def test_tasks_that_were_named_when_joining_are_in_device_toml_once(tmp_path):
+    (tmp_path / "device.toml").write_text("threads = 2\n")
+    _add_tasks(tmp_path, {"digits": "digits.npz", "waits": ""})
+    _add_tasks(tmp_path, {"digits": "other.npz"})
+    config = Config.read(tmp_path)
+    assert config.threads == 2
+    assert {task: entry.examples for task, entry in config.tasks.items()} == {"digits": "digits.npz"}
+    with pytest.raises(ParameterError, match="neither"):
+        _add_tasks(tmp_path, {"another": "what?"})
+
+
+def test_device_toml_errors_name_the_field(tmp_path):
+    for text, word in (
+        ("threads = 0", "threads"),
+        ("thread = 1", "thread"),
+        ("x", "device.toml"),
+        ("[tasks.A]", "tasks"),
+    ):
+        (tmp_path / "device.toml").write_text(text)
+        with pytest.raises(ParameterError, match=word):
+            Config.read(tmp_path)
+
+
+def test_examples_come_from_a_function_beside_device_toml(tmp_path):
+    (tmp_path / "my_sensor.py").write_text("def windows():\n    return [1, 2], [3]\n")
+    assert examples_source(tmp_path, "my_sensor:windows")() == ([1, 2], [3])
+    with pytest.raises(ParameterError, match="nothing"):
+        examples_source(tmp_path, "my_sensor:nothing")()
+    with pytest.raises(ParameterError, match="neither"):
+        examples_source(tmp_path, "../my_sensor:windows")
+
+
+def test_arrays_with_pickles_in_them_are_refused(tmp_path):
+    np.savez(tmp_path / "data.npz", x=np.array([{}], dtype=object))
+    with pytest.raises(ParameterError, match="pickle"):
+        examples_source(tmp_path, "data.npz")()
+
+
+def test_sigterm_ends_a_service_in_good_order(lived):
+    """With a broker that cannot be reached; nothing listens on this port of loopback."""
+    (lived / "device.toml").write_text('broker = "mqtts://127.0.0.1:1"\n')
+    make_certificates(lived)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "edge_sdk", "run", "--dir", str(lived), "--json", "--verbose"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    line = child.stdout.readline()  # it tried, so its handlers stand
+    os.kill(child.pid, signal.SIGTERM)
+    _, err = child.communicate(timeout=30)
+    assert child.returncode == 0, err
+    assert json.loads(line)["event"] == "offline"
+
+
+def make_certificates(path) -> None:
+    """A CA of a test and a certificate of it for this device."""
+    import datetime as dt
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+
+    from edge_sdk.enrolment import private_pem, tls_key
+
+    key = tls_key(bytes(range(48)))
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, read_identity(path).public_key.hex())])
+    now = dt.datetime.now(dt.UTC)
+    certificate = (
+        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
+        .not_valid_before(now - dt.timedelta(days=1)).not_valid_after(now + dt.timedelta(days=90))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True).sign(key, hashes.SHA256())
+    )  # fmt: skip
+    pem = certificate.public_bytes(serialization.Encoding.PEM)
+    for file, content in (("ca.pem", pem), ("tls.pem", pem), ("tls.key", private_pem(key))):
+        (path / file).write_bytes(content)
+        (path / file).chmod(0o600)
