@@ -94,6 +94,9 @@ LOOK_S = 0.5
 MAX_LETTER_BYTES = 1 << 20
 """Of a member's letter: the longest, a release of 64 groups, has 262 kB."""
 
+SETTLE_S = 30.0
+"""How long the members of a new epoch have to offer their first prekeys."""
+
 INLINE_TICKETS = 48 << 10
 """Bytes of tickets in one Welcome; further ones are fetched."""
 
@@ -118,7 +121,7 @@ class Authority(Protocol):
     ) -> Signed | None:
         """A signed epoch of this roster, or None if there is none to be had now: then the old one goes on.
 
-        devices, helpers: keys of those enrolled and not revoked.  groups: numbers of groups that tasks ask for.
+        devices, helpers: keys of those to be in it, none of them revoked.  groups: numbers that tasks ask for.
         Raises ParameterError if no safe committee can be made of them, with what would do.
         """
 
@@ -295,6 +298,8 @@ class Server:
         self._effects, self._after, self._new = [], [], {}
         if self._seen:
             keys, now_s = [bytes.fromhex(device) for device in sorted(self._seen)], self._clock()
+            for device in self._seen & self._devices.keys():
+                self._devices[device] = self._devices[device]._replace(last_seen_s=now_s)
             self._seen.clear()
             effects.append(lambda t: t.seen(keys, now_s))
         for tid, contributions in new.items():
@@ -933,9 +938,11 @@ class Server:
         task, planned = running.task, running.planned
         _, expires_s = rounds.ticket_times(task, now_s)
         self._refresh()
+        silent = self._silent(expires_s, now_s)
         enrolled = sum(_takes_part(task, row) for row in self._devices.values())
-        if enrolled < task.cohort.expected:  # no epoch for each device that joins
-            return f"{enrolled} devices may take part, and the task plans with {task.cohort.expected:g}"
+        ready = sum(_takes_part(task, row) and row.key not in silent for row in self._devices.values())
+        if ready < task.cohort.expected:  # no epoch for each device that joins
+            return f"{ready} of {enrolled} devices are ready, and the task plans with {task.cohort.expected:g}"
         problem = self._renew_epoch(expires_s, now_s)
         fleet = self._fleet
         if fleet is None:
@@ -976,15 +983,42 @@ class Server:
         self._tell(task)
         return None
 
+    def _silent(self, needed_s: int, now_s: float) -> frozenset[bytes]:
+        """Devices that the next roster is better without: members that are away and have no prekey left that lives as
+        long as the next ticket would, and who went that way before and has not been seen since."""
+        fleet = self._fleet
+        if fleet is None or fleet.epoch.frozen.committee == "helpers":
+            return frozenset()
+        roster, since_s = set(fleet.row.roster), fleet.row.installed_s
+        silent = {
+            row.key
+            for row in self._devices.values()
+            if row.role == "device" and row.key not in roster and not (row.last_seen_s or 0.0) > since_s
+        }
+        if now_s >= since_s + SETTLE_S:
+            with self._store.reading() as t:
+                ready = t.members_with_prekeys(needed_s)
+            silent |= {member.key for member in fleet.epoch.members} - ready
+        return frozenset(silent)
+
     def _renew_epoch(self, needed_s: int, now_s: float) -> str | None:
-        """A new epoch if the roster changed or the old one would end too early. Returns why there is none, or None."""
-        devices = sorted(row.key for row in self._devices.values() if row.role == "device")
+        """A new epoch if the roster changed or the old one would end too early. Returns why there is none, or None.
+
+        Where devices are the committee, one that is away until its prekeys are used up would stop the fleet. The next
+        roster is then without it, until it comes back with new ones.
+        """
+        silent = self._silent(needed_s, now_s)
+        devices = sorted(row.key for row in self._devices.values() if row.role == "device" and row.key not in silent)
         helpers = sorted(row.key for row in self._devices.values() if row.role == "helper")
         fleet = self._fleet
         groups = sorted({1, *(running.planned.groups for running in self._tasks.values())})
         if fleet is not None:
             frozen = fleet.epoch.frozen
-            same = tuple(devices) == fleet.row.roster and (not frozen.helpers or frozen.helpers == helpers)
+            roster = set(fleet.row.roster)
+            gone = roster - {row.key for row in self._devices.values()}
+            lacking = silent & {member.key for member in fleet.epoch.members}
+            same = not gone and not lacking and roster.issuperset(devices)
+            same = same and (not frozen.helpers or frozen.helpers == helpers)
             if same and needed_s <= frozen.expires_s and set(groups) <= set(fleet.epoch.corrupt_in_group):
                 return None
         if not devices:

@@ -470,6 +470,14 @@ class Transaction:
         )  # fmt: skip
         return int(self._connection.execute(query).scalar_one())
 
+    def members_with_prekeys(self, after_s: float) -> frozenset[bytes]:
+        """Who has an unused offer that lives at least until `after_s`."""
+        query = (
+            sql.select(_prekeys.c.member).distinct()
+            .where(_prekeys.c.tid.is_(None), _prekeys.c.expires_s >= after_s)
+        )  # fmt: skip
+        return frozenset(bytes(row.member) for row in self._all(query))
+
     def next_prekey(self, member: bytes, after_s: float) -> tuple[int, bytes] | None:
         """(serial, offer) of the unused one with the lowest serial that lives until `after_s`."""
         query = (

@@ -173,6 +173,7 @@ class SimDevice:
     serves: bool = True
     epoch: FleetEpoch | None = None
     enrolled: Enrolled | None = None
+    in_roster: bool = False
     idle: dict[str, Idle] = field(default_factory=dict)
     sent: dict[str, tuple[Sent, Blob]] = field(default_factory=dict)
     member: MemberState = field(default_factory=MemberState)
@@ -269,6 +270,7 @@ class SimDevice:
             epoch = FleetEpoch(AUTHORITY.public_key, messages.decode(Signed, welcome.epoch))
             if self.epoch is None or epoch.number >= self.epoch.number:
                 self.epoch = epoch
+        self.in_roster = welcome.enrolment is not None
         if welcome.enrolment is not None:
             place = welcome.enrolment
             self.enrolled = Enrolled(self.identity, place.index, tuple(place.proof))
@@ -290,7 +292,7 @@ class SimDevice:
         if self.serves and any(entry.key == self.identity.public_key for entry in self.epoch.members):
             self._step(wrap(Ticket, signed), now_s)
         task = round_.ticket.task
-        if task not in self.tasks or self.enrolled is None or task in self.sent:
+        if task not in self.tasks or self.enrolled is None or not self.in_roster or task in self.sent:
             return []
         idle = self.idle.get(task, Idle(task))
         if round_.ticket.round <= idle.round:

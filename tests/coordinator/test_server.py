@@ -335,6 +335,22 @@ def test_members_that_were_away_are_brought_up_to_date(tmp_path):
     finish(fleet)
 
 
+def test_a_fleet_that_is_its_own_committee_goes_on_without_a_device_that_stays_away(tmp_path):
+    fleet = make(tmp_path, devices=6, committee="everyone", n_max=6, expected=4, rounds=6)
+    away = fleet.devices[5]
+    away.offers = 2
+    fleet.run(fleet.saw(events.ModelPublished))
+    away.offers = 12
+    fleet.leave(away)
+    fleet.run(fleet.saw(events.ModelPublished, 3), turns=1500)
+    assert [e.devices for e in fleet.events if isinstance(e, events.EpochBegan)] == [6, 5]
+    fleet.connect(away)
+    fleet.run(fleet.saw(events.TaskDone), turns=1500)
+    assert [e.devices for e in fleet.events if isinstance(e, events.EpochBegan)] == [6, 5, 6]
+    assert len(away.receipts) >= 3
+    fleet.close()
+
+
 def test_uploads_take_no_more_memory_than_they_were_given(tmp_path):
     size = 23_792  # one contribution of the tiny task
     fleet = make(tmp_path, server={"upload_memory": 2 * size})
@@ -416,7 +432,7 @@ def test_a_task_that_cannot_start_says_why_once(tmp_path):
     for _ in range(30):
         fleet.turn()
     assert [e.reason for e in fleet.events if isinstance(e, events.Waiting)] == [
-        "3 devices may take part, and the task plans with 4"
+        "3 of 3 devices are ready, and the task plans with 4"
     ]
     fleet.close()
 
