@@ -22,6 +22,7 @@ import export.layers.convolution
 import export.layers.linear
 import export.layers.normalization
 import export.layers.pooling
+import export.layers.resampling
 import export.layers.sequence  # noqa: F401  (the handlers register themselves)
 from export.decompositions import DECOMPOSITIONS, simplify
 from export.errors import UnsupportedModelError
@@ -216,7 +217,7 @@ class _Builder:
         if losses.shape != (self.batch,) or not losses.is_floating_point():
             raise UnsupportedModelError(
                 f"the loss gives {tuple(losses.shape)} {losses.dtype} for a batch of {self.batch}: it must give one "
-                "float for each example; do not reduce over the batch"
+                "float for each example; do not reduce over the batch (PyTorch's losses: reduction='none')"
             )
         return losses
 

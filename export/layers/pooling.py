@@ -132,15 +132,40 @@ def _avg_pool2d(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], pad
     return convolve(x, weight, None, stride, padding, (1, 1), x.shape[1])
 
 
-@rewrites(aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool1d.default)
-def adaptive_avg_pool(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+@rewrites(aten.adaptive_max_pool2d.default, aten.adaptive_max_pool1d.default)
+def adaptive_max_pool(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    x, kernel = _even(node, args)
+    if any(user.args[1] == 1 and user.users for user in node.users):
+        raise UnsupportedModelError(
+            f"{layer_of(node)}: the places of the maxima have no rule; set return_indices=False"
+        )
+    unbatched = x.dim() == len(kernel) + 1  # no channels: the batch stands in their place
+    if unbatched:
+        x = x[:, None]
+    if len(kernel) == 1:
+        pooled = max_pool2d(x[:, :, None], (1, *kernel), (1, *kernel), (0, 0), (1, 1))[:, :, 0]
+    else:
+        pooled = max_pool2d(x, kernel, kernel, (0, 0), (1, 1))
+    return (pooled[:, 0] if unbatched else pooled), None
+
+
+def _even(node: fx.Node, args: Sequence[Any]) -> tuple[Tensor, tuple[int, ...]]:
+    """The input of an adaptive pool, and the windows that it is cut into."""
     x, size = args[0], list(args[1])
     have = x.shape[-len(size) :]
     if any(h % s for h, s in zip(have, size, strict=True)):
-        raise UnsupportedModelError(f"{layer_of(node)}: adaptive pooling from {tuple(have)} to {tuple(size)} is uneven")
-    kernel = tuple(h // s for h, s in zip(have, size, strict=True))
-    if x.dim() == len(size) + 1:
-        return adaptive_avg_pool(recorder, node, (x[:, None], size), kwargs)[:, 0]
-    if len(size) == 1:
+        raise UnsupportedModelError(
+            f"{layer_of(node)}: adaptive pooling from {tuple(have)} to {tuple(size)} is uneven; pad the input to a "
+            "multiple, or choose a divisor"
+        )
+    return x, tuple(h // s for h, s in zip(have, size, strict=True))
+
+
+@rewrites(aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool1d.default)
+def adaptive_avg_pool(recorder: Recorder, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    x, kernel = _even(node, args)
+    if x.dim() == len(kernel) + 1:
+        return adaptive_avg_pool(recorder, node, (x[:, None], args[1]), kwargs)[:, 0]
+    if len(kernel) == 1:
         return _avg_pool2d(x[:, :, None], (1, *kernel), (1, *kernel), (0, 0))[:, :, 0]
     return _avg_pool2d(x, kernel, kernel, (0, 0))

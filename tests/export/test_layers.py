@@ -454,6 +454,18 @@ CASES: dict[str, Callable[[], TrainingSpec]] = {
     "adaptive pool": lambda: on_images(nn.AdaptiveAvgPool2d((2, 1)), size=(8, 7)),
     "adaptive pool, one side kept": lambda: on_images(nn.AdaptiveAvgPool2d((None, 7))),
     "adaptive pool, signals": lambda: on_signals(nn.AdaptiveAvgPool1d(3), size=12),
+    "adaptive max pool": lambda: on_images(nn.AdaptiveMaxPool2d((4, 1)), size=(8, 7)),
+    "adaptive max pool, signals": lambda: on_signals(nn.AdaptiveMaxPool1d(3), size=12),
+    "adaptive max pool, no channels": lambda: on_sequences(nn.AdaptiveMaxPool1d(2)),
+    "upsample": lambda: on_images(nn.Upsample(scale_factor=2), size=(3, 2)),
+    "upsample to a size that is no multiple": lambda: on_images(nn.Upsample((5, 3)), size=(3, 2)),
+    "upsample, exactly nearest": lambda: on_images(nn.Upsample((5, 3), mode="nearest-exact"), size=(3, 2)),
+    "upsample, bilinear": lambda: on_images(nn.Upsample(scale_factor=(2, 1.5), mode="bilinear"), size=(3, 2)),
+    "upsample, bilinear, corners": lambda: on_images(
+        nn.Upsample((5, 3), mode="bilinear", align_corners=True), size=(3, 2)),
+    "upsample, bicubic": lambda: on_images(nn.Upsample(scale_factor=2, mode="bicubic"), size=(3, 2)),
+    "downsample, bilinear": lambda: on_images(nn.Upsample(scale_factor=0.5, mode="bilinear")),
+    "upsample, linear": lambda: on_signals(nn.Upsample(scale_factor=2, mode="linear"), size=4),
     "mean over positions": lambda: on_images(Apply(lambda x: x.mean((2, 3)))),
     "largest over positions": lambda: on_images(Apply(lambda x: x.amax((2, 3)))),
     "residual and concatenation": lambda: on_images(Residual(nn.Conv2d(4, 4, 3, padding=1))),
@@ -470,7 +482,7 @@ IN_ONNX = (
     "instance norm, affine", "batch norm, fixed", "scale, shift of one number", "scale, shift by step", "divided by",
     "views that overlap", "a view by split", "weight_norm", "attention, padding", "sdpa, a query that sees nothing",
     "lstm, time first", "rnn", "max pool, padding", "max pool, dilation", "average pool, overlapping",
-    "average pool, divisor", "adaptive pool", "overwritten",
+    "average pool, divisor", "adaptive pool", "adaptive max pool", "upsample", "upsample, bicubic", "overwritten",
 )  # fmt: skip
 """What the models of the zoo do not have: making ONNX of a graph takes milliseconds a node."""
 

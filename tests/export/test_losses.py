@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from oracle import Batch, draw_batch, feeds_of, run_fx  # noqa: E402
+from oracle import Batch, check, draw_batch, feeds_of, run_fx  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from export.errors import UnsupportedModelError  # noqa: E402
@@ -97,6 +97,43 @@ def test_a_label_that_is_no_class_makes_its_example_invalid_and_no_other(label: 
     without = run(feeds_of(step, Batch(batch.inputs, batch.labels, masked), clip=0.1))
     assert float(found.pop("invalid")) == 1.0
     assert all(torch.equal(found[name], without[name]) for name in found)
+
+
+WEIGHTS = torch.tensor([1.0, 2.0, 0.5])
+
+
+@pytest.mark.parametrize("loss", [
+    nn.CrossEntropyLoss(reduction="none"),
+    nn.CrossEntropyLoss(reduction="none", label_smoothing=0.1),
+    nn.CrossEntropyLoss(reduction="none", ignore_index=1),
+    lambda o, y: nn.functional.cross_entropy(o, y, WEIGHTS.to(o.dtype), reduction="none"),
+    lambda o, y: nn.functional.cross_entropy(o, y, WEIGHTS.to(o.dtype), reduction="none", label_smoothing=0.2),
+    lambda o, y: nn.functional.nll_loss(o.log_softmax(-1), y, reduction="none"),
+    lambda o, y: nn.functional.huber_loss(o[:, 0], y.to(o.dtype), reduction="none"),
+], ids=["plain", "smoothing", "ignore_index", "weights", "weights and smoothing", "nll", "huber"])  # fmt: skip
+def test_pytorchs_losses_with_their_options_as_a_callable(loss: object) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    check(TrainingSpec(model, loss, [torch.zeros(5)], torch.zeros((), dtype=torch.long)), onnx=True)  # type: ignore[arg-type]
+
+
+def test_a_sequence_whose_steps_are_partly_ignored() -> None:
+    def loss(output: Tensor, y: Tensor) -> Tensor:
+        kept = (y != 0).to(output.dtype)
+        steps = nn.functional.cross_entropy(output.transpose(1, 2), y, ignore_index=0, reduction="none")
+        return steps.sum(1) / kept.sum(1).clamp(min=1.0)
+
+    torch.manual_seed(0)
+    spec = TrainingSpec(nn.Linear(5, 3), loss, [torch.zeros(4, 5)], torch.zeros(4, dtype=torch.long))
+    check(spec, onnx=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loss_module_that_reduces_is_told_how_not_to(reduction: str) -> None:
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    spec = TrainingSpec(nn.Linear(5, 3), loss, [torch.zeros(5)], torch.zeros((), dtype=torch.long))
+    with pytest.raises(UnsupportedModelError, match="reduction='none'"):
+        capture(spec, "example", 4)
 
 
 def test_names_that_are_no_loss() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
-from oracle import onnx_of  # noqa: E402
+from oracle import check, onnx_of, paths  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from export.errors import UnsupportedModelError  # noqa: E402
@@ -350,6 +351,7 @@ def test_values_that_are_not_numbers_for_any_random_input() -> None:
         (nn.MaxPool2d(2, ceil_mode=True), "pad the input"),
         (nn.AvgPool2d(2, padding=1, count_include_pad=False), "pad the input"),
         (nn.AdaptiveAvgPool2d(4), "uneven"),
+        (nn.AdaptiveMaxPool2d(4), "uneven"),
     ],
     ids=repr,
 )
@@ -359,6 +361,66 @@ def test_pools_without_a_rule(layer: nn.Module, remedy: str) -> None:
     message = refusal(model, IMAGE)
     assert f"1 ({type(layer).__name__})" in message
     assert remedy in message
+
+
+VIDEO = torch.zeros(2, 4, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "remedy"),
+    [
+        (nn.ConvTranspose1d(2, 2, 3), torch.zeros(2, 5), r"Use nn\.Upsample and then nn\.Conv1d"),
+        (nn.ConvTranspose2d(2, 2, 3, stride=2), IMAGE, r"Use nn\.Upsample and then nn\.Conv2d"),
+        (nn.ConvTranspose3d(2, 2, 3), VIDEO, "images through Conv2d"),
+        (nn.Conv3d(2, 2, 3), VIDEO, "images through Conv2d"),
+        (nn.Conv3d(2, 2, 3, padding="same"), VIDEO, "images through Conv2d"),
+    ],
+    ids=repr,
+)
+def test_convolutions_without_a_rule(layer: nn.Module, x: Tensor, remedy: str) -> None:
+    model = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(3))
+    model(x[None])
+    message = refusal(model, x)
+    assert f"0 ({type(layer).__name__})" in message
+    assert re.search(remedy, message)
+    assert "or freeze the layer and what comes before it" in message
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.MaxPool3d(2), nn.AvgPool3d(2), nn.AdaptiveMaxPool3d(1), nn.AdaptiveAvgPool3d(1)],
+    ids=repr,
+)
+def test_pools_in_three_dimensions(layer: nn.Module) -> None:
+    model = nn.Sequential(nn.PReLU(), layer, nn.Flatten(), nn.LazyLinear(3))
+    model(VIDEO[None])
+    message = refusal(model, VIDEO)
+    assert f"1 ({type(layer).__name__})" in message
+    assert "has no gradient in ONNX. " in message
+
+
+def test_what_has_no_gradient_in_onnx_stays_behind_frozen_layers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv3d(2, 2, 3), nn.MaxPool3d(2), nn.Flatten(), nn.Linear(8, 3))
+    spec = TrainingSpec(model, "cross_entropy", [VIDEO], CLASS, frozen=("0",))
+    assert paths(check(spec, onnx=True)) == {"3.weight": "fast", "3.bias": "fast"}
+
+
+def test_the_places_of_an_adaptive_maximum() -> None:
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool, self.last = (
+                nn.Conv2d(2, 2, 1),
+                nn.AdaptiveMaxPool2d(2, return_indices=True),
+                nn.Linear(8, 3),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            values, places = self.pool(self.conv(x))
+            return self.last((values + places).flatten(1))
+
+    assert "pool (AdaptiveMaxPool2d): the places" in refusal(Places(), IMAGE)
 
 
 def test_a_recurrent_projection() -> None:
@@ -374,9 +436,9 @@ def test_a_recurrent_projection() -> None:
 
 
 def test_an_operator_that_onnx_lacks_is_named() -> None:
-    model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Upsample(scale_factor=2), nn.Flatten(), nn.Linear(128, 3))
-    step = capture(TrainingSpec(model, "cross_entropy", [IMAGE], CLASS), "example", 4)
-    with pytest.raises(UnsupportedModelError, match=r"aten\.upsample_nearest2d_backward.*no ONNX form"):
+    model = nn.Sequential(nn.Linear(5, 5), Model(lambda x: torch.lgamma(x.sigmoid())))
+    step = capture(TrainingSpec(model, "cross_entropy", [VECTOR], CLASS), "example", 4)
+    with pytest.raises(UnsupportedModelError, match=r"prims\.lgamma.*no ONNX form"):
         onnx_of(step)
 
 
