@@ -1,0 +1,1 @@
+"""What things cost, measured: each a script with `--json`."""

@@ -1,0 +1,534 @@
+"""How many uploads a second the coordinator takes, and in how much memory: the real server, on real contributions.
+
+    python benchmarks/coordinator.py --json --n 500 --d 100000 --broker null mosquitto amqtt
+
+Every contribution is made in advance, for a ticket that the server itself issued, and lies on disk as the frames that a
+device would send. One row a broker and n:
+
+- `null`: a hub that reads these frames from disk when the server pulls them. Its own time is taken out of the figure.
+- `mosquitto`, `amqtt`: on loopback without TLS; another process plays all devices. `carried_mb_per_s` is what the
+  broker brings through to a hub that only counts (same frames, no coordinator), `ratio` the server's share of that.
+
+Measured is from the first upload to the last receipt, with everything that belongs to it: chunks checked, signature and
+hashes checked, vector added, written, flushed, row committed, receipt signed, sealed shares sent to five helpers.
+`rss_mb` is the server process's peak (VmHWM), Python and all imports included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+# A script's own directory comes first in the path, and there this file is `coordinator`.
+if __name__ == "__main__":
+    sys.path.pop(0)
+
+import numpy as np
+
+from coordinator import events
+from coordinator.broker.mosquitto import find_mosquitto
+from coordinator.optimizer import pack_memory
+from coordinator.server import Server
+from coordinator.store import EpochRow, ModelRow, Store, TaskRow
+from coordinator.task import Planned, Task
+from edge_sdk.crypto.hashing import derive_key
+from edge_sdk.crypto.identity import Identity
+from edge_sdk.crypto.sealing import encapsulate
+from edge_sdk.crypto.stream import KeyStream
+from edge_sdk.protocol import authority, contributor, member, messages
+from edge_sdk.protocol.messages import Anchor, NoisePlan, Receipt, Signed, unwrap
+from edge_sdk.protocol.rounds import Round
+from edge_sdk.transport import Connected, Hub, Inbound, Lost
+from edge_sdk.transport.chunks import Blob, chunk_count
+from edge_sdk.transport.mqtt import MqttHub
+from edge_sdk.transport.wire import (
+    BlobRef,
+    Hello,
+    Letter,
+    Pull,
+    Upload,
+    decode_down,
+    decode_up,
+    encode_frame,
+)
+
+HELPERS = 5
+DAY_S = 86_400
+TIME_LIMIT_S = 300.0
+SEED = bytes(range(32))
+TASK = """
+name = "bench"
+bundle = "bench.bundle"
+publisher = "{zero}"
+unit = "device"
+rounds = 1
+[privacy]
+clip = 1.0
+delta = 1e-4
+noise_multiplier = 1.0
+[cohort]
+expected = {n}
+spread = 0
+honest = 2
+n_max = {n}
+[work]
+learning_rate = 0.1
+epochs = 1
+[schedule]
+open_s = {day}
+answer_s = {day}
+"""
+
+
+def identity(name: str, number: int = 0) -> Identity:
+    return Identity(derive_key(SEED, name, number.to_bytes(4, "little")))
+
+
+class OneAuthority:
+    """Signs whatever roster it is given."""
+
+    public_key = identity("authority").public_key
+
+    def next_epoch(
+        self, devices: Any, helpers: Any, groups: Any, previous: EpochRow | None, now_s: float
+    ) -> Signed | None:
+        roster, key = authority.Roster(devices), identity("authority")
+        frozen = authority.freeze(
+            key, roster, coordinator=identity("coordinator").public_key, corrupt_devices=1, committee="helpers",
+            helpers=helpers, expires_s=int(now_s) + 30 * DAY_S,
+        )  # fmt: skip
+        return authority.draw(key, frozen, roster, os.urandom(32))
+
+
+class Quiet:
+    """A hub on which nothing happens."""
+
+    unsent_bytes = 0
+
+    def send(self, device: str, frame: bytes) -> None:
+        pass
+
+    def receive(self, timeout_s: float) -> list[Inbound | Connected | Lost]:
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+def serve(directory: Path, hub: Hub, **arguments: Any) -> Server:
+    return Server(
+        Store(directory / "store"), hub, identity("coordinator"), OneAuthority(), clock=time.time, entropy=os.urandom,
+        **arguments,
+    )  # fmt: skip
+
+
+def prepare(directory: Path, n: int, d: int) -> None:
+    """A store with an open round, and n contributions to it as frames in a file."""
+    devices, helpers = [identity("device", i) for i in range(n)], [identity("helper", i) for i in range(HELPERS)]
+    text = TASK.format(zero="0" * 64, n=n, day=DAY_S)
+    task, now_s = Task.from_toml(text), time.time()
+    noise = NoisePlan("device", 1.0, 1e-3, 100.0, 0.0, 1.0, 1.0, 1.0)
+    plan = Planned(bytes(32), d, n, 2, 1, noise, 1e-4, [(1, 1.0)], [(1, 1.0)], 1.0, 1.0, "")
+    store = Store(directory / "store")
+    parameters = store.put_blob(np.zeros(d, "<f4").tobytes())
+    memory, bundle = store.put_blob(pack_memory(task.optimizer.start(d))), store.put_blob(b"no bundle")
+    with store.transaction() as t:
+        for key in devices:
+            t.add_device(key.public_key, "device", (), now_s)
+        for i, key in enumerate(helpers):
+            t.add_device(key.public_key, "helper", (), now_s)
+            state, expires_s = member.MemberState(), int(now_s) + 30 * DAY_S
+            seed = derive_key(SEED, "prekey", i.to_bytes(4, "little"), length=96)
+            _, offer = member.offer_prekey(state, key, OneAuthority.public_key, seed, expires_s)
+            t.add_prekey(key.public_key, 0, messages.encode(offer), expires_s)
+        t.add_task(TaskRow("bench", text, plan.encode(), bundle, "running", 0, now_s))
+        t.add_model(ModelRow("bench", 0, parameters, memory, None, None, 1.0, n, None, None, {}, now_s))
+    store.close()
+    server = serve(directory, Quiet())
+    server.step(0.0)
+    server.close()
+    store = Store(directory / "store")
+    with store.reading() as t:
+        (row,), epoch_row = t.active_rounds(), t.newest_epoch()
+    store.close()
+    if epoch_row is None:
+        raise SystemExit("no epoch")
+    epoch = authority.FleetEpoch(OneAuthority.public_key, messages.decode(Signed, epoch_row.signed))
+    round_, roster = Round(epoch, messages.decode(Signed, row.ticket)), authority.Roster(epoch_row.roster)
+    terms, inputs, index = contributor.Terms(bytes(32)), KeyStream(os.urandom(32)), []
+    with (directory / "frames").open("wb") as file:
+
+        def put(frame: bytes) -> tuple[int, int]:
+            place = (file.tell(), len(frame))
+            file.write(frame)
+            return place
+
+        for key in devices:
+            place, proof = roster.enrolment(key.public_key)
+            training = contributor.Idle("bench").on_ticket(round_, terms, now_s)
+            integers = inputs.words16(d)
+            sent = training.contribute(
+                integers, contributor.Enrolled(key, place, proof), Anchor(1, key.public_key), os.urandom(32),
+                encapsulate, now_s,
+            )  # fmt: skip
+            blob = Blob.of(sent.contribution.masked + sent.contribution.shares)
+            upload = put(encode_frame(Upload(sent.contribution.header, blob.ref)))
+            chunks = [put(encode_frame(blob.chunk(i))) for i in range(chunk_count(blob.ref.size))]
+            index.append([key.public_key.hex(), blob.ref.id.hex(), blob.ref.size, upload, chunks])
+    (directory / "index.json").write_text(json.dumps(index))
+
+
+class Prepared:
+    """The devices' frames on disk, and helpers that fetch what they are sent."""
+
+    def __init__(self, directory: Path) -> None:
+        self._fd = os.open(directory / "frames", os.O_RDONLY)
+        index = json.loads((directory / "index.json").read_text())
+        self.devices = [entry[0] for entry in index]
+        self.sizes = {entry[0]: entry[2] for entry in index}
+        self.uploads = {entry[0]: entry[3] for entry in index}
+        self.chunks = {entry[0]: entry[4] for entry in index}
+        self.helpers = [identity("helper", i).public_key.hex() for i in range(HELPERS)]
+        self.receipts = 0
+
+    def read(self, place: tuple[int, int]) -> bytes:
+        return os.pread(self._fd, place[1], place[0])
+
+    def hello(self) -> list[tuple[str, bytes]]:
+        return [(helper, encode_frame(Hello(1, 0, 0, True, []))) for helper in self.helpers]
+
+    def answer(self, device: str, data: bytes) -> list[tuple[int, int] | bytes]:
+        """What a device says to a frame: places in the file, or frames."""
+        frame = decode_down(data)
+        if isinstance(frame, Pull) and device in self.chunks:
+            return [self.chunks[device][i] for i in frame.chunks]
+        if isinstance(frame, Letter) and isinstance(frame.content, BlobRef):
+            return [encode_frame(Pull(frame.content.id, list(range(chunk_count(frame.content.size)))))]
+        if isinstance(frame, Letter) and isinstance(frame.content, bytes) and device in self.chunks:
+            self.receipts += unwrap(frame.content)[0] is Receipt
+        return []
+
+
+class DiskHub:
+    """Gives the server the prepared frames. `seconds`: what that took."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared = prepared
+        self._queue: deque[tuple[str, tuple[int, int] | bytes]] = deque(prepared.hello())
+        self._queue.extend((device, place) for device, place in prepared.uploads.items())
+        self.unsent_bytes = 0
+        self.seconds = 0.0
+
+    def send(self, device: str, frame: bytes) -> None:
+        started = time.perf_counter()
+        self._queue.extend((device, answer) for answer in self._prepared.answer(device, frame))
+        self.seconds += time.perf_counter() - started
+
+    def receive(self, timeout_s: float) -> list[Inbound | Connected | Lost]:
+        started = time.perf_counter()
+        batch: list[Inbound | Connected | Lost] = []
+        for _ in range(min(256, len(self._queue))):
+            device, item = self._queue.popleft()
+            batch.append(Inbound(device, item if isinstance(item, bytes) else self._prepared.read(item)))
+        self.seconds += time.perf_counter() - started
+        return batch
+
+    def close(self) -> None:
+        pass
+
+
+def peak_mb() -> float:
+    """Peak resident memory of this process since its exec."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def measure_null(directory: Path) -> dict[str, float]:
+    prepared = Prepared(directory)
+    hub = DiskHub(prepared)
+    server = serve(directory, hub)
+    n = len(prepared.devices)
+    started = time.perf_counter()
+    while prepared.receipts < n:
+        server.step(0.0)
+        if time.perf_counter() - started > TIME_LIMIT_S:
+            raise SystemExit(f"{prepared.receipts} of {n} receipts after {TIME_LIMIT_S} s")
+    seconds = time.perf_counter() - started - hub.seconds
+    server.close()
+    return {"seconds": seconds, "rss_mb": peak_mb()}
+
+
+def measure_server(directory: Path, url: str) -> dict[str, float]:
+    """The server behind a broker, until it has taken every upload."""
+    n = len(json.loads((directory / "index.json").read_text()))
+    taken, first = 0, 0.0
+
+    def count(event: events.Event) -> None:
+        nonlocal taken
+        taken += isinstance(event, events.Contributed)
+
+    hub = MqttHub(url, None, plaintext=True)
+    counting = Counting(hub)
+    server = serve(directory, counting, on_event=count)
+    print("ready", flush=True)
+    begun = time.perf_counter()
+    while taken < n:
+        server.step(0.05)
+        if time.perf_counter() - begun > TIME_LIMIT_S:
+            raise SystemExit(f"{taken} of {n} uploads after {TIME_LIMIT_S} s; the hub dropped {hub.dropped}")
+    first = counting.first_s
+    seconds = time.perf_counter() - first
+    server.step(0.1)
+    server.close()
+    hub.close()
+    return {"seconds": seconds, "rss_mb": peak_mb()}
+
+
+class Counting:
+    """A hub that notes when the first upload came."""
+
+    def __init__(self, hub: MqttHub) -> None:
+        self._hub = hub
+        self.first_s = 0.0
+
+    def send(self, device: str, frame: bytes) -> None:
+        self._hub.send(device, frame)
+
+    def receive(self, timeout_s: float) -> list[Inbound | Connected | Lost]:
+        batch = self._hub.receive(timeout_s)
+        if not self.first_s and any(isinstance(i, Inbound) and isinstance(decode_up(i.frame), Upload) for i in batch):
+            self.first_s = time.perf_counter()
+        return batch
+
+    @property
+    def unsent_bytes(self) -> int:
+        return self._hub.unsent_bytes
+
+    def close(self) -> None:
+        self._hub.close()
+
+
+def measure_sink(directory: Path, url: str) -> dict[str, float]:
+    """A hub that only counts the chunks' bytes."""
+    index = json.loads((directory / "index.json").read_text())
+    expected = sum(length for entry in index for _, length in entry[4])
+    hub = MqttHub(url, None, plaintext=True)
+    print("ready", flush=True)
+    received, first, begun = 0, 0.0, time.perf_counter()
+    while received < expected:
+        for item in hub.receive(0.5):
+            if isinstance(item, Inbound):
+                first = first or time.perf_counter()
+                received += len(item.frame)
+        if time.perf_counter() - begun > TIME_LIMIT_S:
+            raise SystemExit(f"{received} of {expected} bytes; the hub dropped {hub.dropped}")
+    seconds = time.perf_counter() - first
+    hub.close()
+    return {"seconds": seconds, "rss_mb": peak_mb()}
+
+
+def load(directory: Path, url: str, straight: bool) -> None:
+    """Plays all devices over one connection: answers pulls, or, straight, sends every chunk. Until stdin ends."""
+    from paho.mqtt import client as mqtt
+    from paho.mqtt.enums import CallbackAPIVersion
+
+    prepared = Prepared(directory)
+    host, port = url.removeprefix("mqtt://").split(":")
+    client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="load", protocol=mqtt.MQTTv311)
+    client.max_inflight_messages_set(64)
+    subscribed = threading.Event()
+    outbox: deque[tuple[str, Any]] = deque()
+    wake = threading.Condition()
+
+    def on_message(_client: Any, _data: Any, message: Any) -> None:
+        device = message.topic.rsplit("/", 1)[1]
+        with wake:
+            outbox.extend((device, answer) for answer in prepared.answer(device, message.payload))
+            wake.notify()
+
+    client.on_message = on_message
+    client.on_subscribe = lambda *_: subscribed.set()
+    client.connect(host, int(port))
+    client.loop_start()
+    client.subscribe("fl/v1/dn/+", qos=1)
+    subscribed.wait(30)
+    if straight:
+        outbox.extend((device, place) for device, places in prepared.chunks.items() for place in places)
+    else:
+        outbox.extend(prepared.hello())
+        outbox.extend((device, place) for device, place in prepared.uploads.items())
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+    while True:
+        with wake:
+            wake.wait_for(lambda: outbox, 0.5)
+            if not outbox:
+                continue
+            device, item = outbox.popleft()
+        frame = item if isinstance(item, bytes) else prepared.read(item)
+        info = client.publish(f"fl/v1/up/{device}", frame, qos=1)
+        if len(client._out_messages) > 256:  # as many as a broker keeps for a slow reader
+            info.wait_for_publish(30)
+
+
+class Role:
+    """Another process on this file, in one of its roles."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process = subprocess.Popen(  # noqa: S603  this file itself
+            [sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def line(self) -> str:
+        if self.process.stdout is None:
+            raise SystemExit("no output")
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.process.args!r} ended with {self.process.wait()}")
+        return line
+
+    def end(self) -> None:
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.process.wait(30)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+AMQTT = """
+import asyncio, json, logging, sys
+from amqtt.broker import Broker
+async def main():
+    logging.getLogger("amqtt").setLevel(logging.ERROR)
+    await Broker(json.loads(sys.argv[1])).start()
+    await asyncio.Event().wait()
+asyncio.run(main())
+"""
+
+
+def start_broker(kind: str, directory: Path) -> tuple[subprocess.Popen[bytes], str]:
+    port = free_port()
+    if kind == "mosquitto":
+        program = find_mosquitto()
+        if program is None:
+            raise SystemExit("mosquitto is not installed")
+        config = directory / "mosquitto.conf"
+        config.write_text(
+            f"listener {port} 127.0.0.1\nallow_anonymous true\npersistence false\nset_tcp_nodelay true\nuser root\n"
+            "max_queued_messages 0\nmax_inflight_messages 0\n"
+        )
+        command = [program, "-c", str(config)]
+    else:
+        config_json = {
+            "listeners": {"default": {"type": "tcp", "bind": f"127.0.0.1:{port}"}},
+            "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
+        }
+        command = [sys.executable, "-c", AMQTT, json.dumps(config_json)]
+    process = subprocess.Popen(  # noqa: S603  a broker, with a configuration made here
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    for _ in range(200):
+        try:
+            socket.create_connection(("127.0.0.1", port), 0.2).close()
+            return process, f"mqtt://127.0.0.1:{port}"
+        except OSError:
+            time.sleep(0.05)
+    process.kill()
+    raise SystemExit(f"{kind} does not listen")
+
+
+def with_broker(kind: str, directory: Path, role: str) -> dict[str, float]:
+    """One measurement on a fresh broker: role "server" or "sink"."""
+    process, url = start_broker(kind, directory)
+    try:
+        measured = Role("--role", role, "--directory", str(directory), "--url", url)
+        measured.line()
+        generator = Role(
+            "--role", "straight" if role == "sink" else "load", "--directory", str(directory), "--url", url
+        )
+        result: dict[str, float] = json.loads(measured.line())
+        generator.end()
+        measured.end()
+        return result
+    finally:
+        process.kill()
+        process.wait()
+
+
+def rows(n: int, d: int, brokers: list[str]) -> list[dict[str, object]]:
+    """Prepare once for this n, then measure each broker on a copy of the store."""
+    found: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as root:
+        directory = Path(root)
+        Role("--role", "prepare", "--directory", root, "--n", str(n), "--d", str(d)).process.wait()
+        shutil.copytree(directory / "store", directory / "fresh")
+        size = json.loads((directory / "index.json").read_text())[0][2]
+        for broker in brokers:
+            shutil.rmtree(directory / "store")
+            shutil.copytree(directory / "fresh", directory / "store")
+            extra: dict[str, object] = {}
+            if broker == "null":
+                result = json.loads(Role("--role", "null", "--directory", root).line())
+            else:
+                result = with_broker(broker, directory, "server")
+                sink = with_broker(broker, directory, "sink")
+                carried = n * size / sink["seconds"] / 1e6
+                extra = {
+                    "carried_mb_per_s": round(carried, 1),
+                    "ratio": round(n * size / result["seconds"] / 1e6 / carried, 2),
+                }
+            found.append(
+                {
+                    "broker": broker, "n": n, "d": d, "upload_bytes": size,
+                    "uploads_per_s": round(n / result["seconds"], 1),
+                    "mb_per_s": round(n * size / result["seconds"] / 1e6, 1), "rss_mb": round(result["rss_mb"], 1),
+                    **extra,
+                }
+            )  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, nargs="+", default=[125, 500])
+    parser.add_argument("--d", type=int, default=100_000)
+    parser.add_argument("--broker", nargs="+", default=["null", "mosquitto", "amqtt"])
+    parser.add_argument("--json", action="store_true", help="one object a line")
+    parser.add_argument("--role", choices=("prepare", "null", "server", "sink", "load", "straight"), help="internal")
+    parser.add_argument("--directory", type=Path, help="internal")
+    parser.add_argument("--url", help="internal")
+    options = parser.parse_args()
+    match options.role:
+        case "prepare":
+            prepare(options.directory, options.n[0], options.d)
+        case "null":
+            print(json.dumps(measure_null(options.directory)), flush=True)
+        case "server":
+            print(json.dumps(measure_server(options.directory, options.url)), flush=True)
+        case "sink":
+            print(json.dumps(measure_sink(options.directory, options.url)), flush=True)
+        case "load" | "straight":
+            load(options.directory, options.url, options.role == "straight")
+        case _:
+            for n in options.n:
+                for row in rows(n, options.d, options.broker):
+                    print(
+                        json.dumps(row) if options.json else "  ".join(f"{k} {v}" for k, v in row.items()), flush=True
+                    )
+
+
+if __name__ == "__main__":
+    main()
