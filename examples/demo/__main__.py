@@ -10,6 +10,7 @@ import argparse
 import json
 import queue
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from coordinator.store import Store
 from coordinator.task import Task
 from edge_sdk.bundle import Bundle
 from edge_sdk.training.trainer import F32
@@ -65,17 +67,17 @@ class Progress:
     def take(self, line: Line) -> None:
         """One event of the coordinator."""
         match line.get("event"):
-            case "round-opened":
+            case "round_opened":
                 self.contributors, self.state = 0, f"round {line['round']} is open"
             case "contributed":
                 self.contributors = line["contributors"]
                 self.sent_bytes += line["size"]
-            case "round-sealed":
+            case "round_sealed":
                 self.state = f"round {line['round']} is sealed with {line['contributors']}"
-            case "round-aborted":
+            case "round_aborted":
                 self.aborted += 1
                 self.note(f"round {line['round']} was aborted: {line['reason']}")
-            case "model-published":
+            case "model_published":
                 self.model = line["model"]
                 self.accuracy = line["metrics"].get("accuracy")
                 spent = line["spent"]
@@ -134,9 +136,11 @@ class Demo:
     def set_up(self, parts: Sequence[data.Part]) -> None:
         """A coordinator, and devices that have joined with their own examples."""
         self.console.print(f"a coordinator in {self.home}, {DEVICES} devices beside it")
+        enrolment, broker = free_ports(2)
         call(
-            "coordinator", "init", "--dir", str(self.home), "--json", "--port", "0",
-            "--committee", "everyone", "--corrupt-devices", str(CORRUPT), "--publisher", self.task.publisher,
+            "coordinator", "init", "--dir", str(self.home), "--json", "--fleet", "demo",
+            "--enrolment-port", str(enrolment), "--broker-port", str(broker), "--publisher", self.task.publisher,
+            "--committee", "everyone", "--corrupt-devices", str(CORRUPT),
         )  # fmt: skip
         self.start("coordinator", ["coordinator", "serve", "--dir", str(self.home), "--json"])
         self.wait_for("coordinator", "serving")
@@ -145,7 +149,7 @@ class Demo:
 
         def join(name: str, token: str, part: data.Part) -> None:
             home = self.folder / name
-            home.mkdir()
+            home.mkdir(mode=0o700)
             np.savez(home / "examples.npz", **{self.bundle.manifest.inputs[0].name: part.x, "y": part.y})
             call("edge_sdk", "join", token, "--dir", str(home), "--task", f"{self.task.name}=examples.npz", "--json")
             self.start(name, ["edge_sdk", "run", "--dir", str(home), "--json"])
@@ -187,7 +191,7 @@ class Demo:
             if self.progress.model > before:
                 self.pull_plugs(self.progress.model)
             live.update(self.progress.table())
-            if said.line.get("event") == "task-done":
+            if said.line.get("event") == "task_done":
                 return
 
     def pull_plugs(self, models: int) -> None:
@@ -204,20 +208,13 @@ class Demo:
 
     def models(self) -> list[F32]:
         """Every round's model, from the first sum on."""
-        out = self.folder / "models"
-        call(
-            "coordinator",
-            "model",
-            "export",
-            self.task.name,
-            "--dir",
-            str(self.home),
-            "--all",
-            "--out",
-            str(out),
-            "--json",
-        )
-        return [np.load(path) for path in sorted(out.glob("*.npy"))][1:]
+        store = Store(self.home)
+        try:
+            with store.reading() as t:
+                rows = t.models(self.task.name)
+            return [np.frombuffer(store.blob(row.parameters), dtype="<f4") for row in rows if row.number]
+        finally:
+            store.close()
 
     def judge(self, found: data.Data, parts: Sequence[data.Part], models: Sequence[F32], trained_s: float) -> int:
         """Measure, draw, say what came of it. Exit status: 1 if it is not what was promised."""
@@ -270,6 +267,16 @@ class Demo:
             "          README.md: your own model, your own devices"
         )
         return 0
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on at this moment."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    try:
+        return [s.getsockname()[1] for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()
 
 
 def main() -> int:

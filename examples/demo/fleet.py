@@ -81,5 +81,5 @@ def call(*command: str) -> list[Line]:
         [sys.executable, "-m", *command], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command[:3])} failed: {done.stderr.strip().splitlines()[-1:] or done.stdout}")
+        raise RuntimeError(f"{' '.join(command[:2])} failed: {done.stderr.strip().splitlines()[-1:] or done.stdout}")
     return [json.loads(text) for text in done.stdout.splitlines()]
