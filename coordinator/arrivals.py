@@ -6,7 +6,7 @@ what uploads take is bounded by the memory that is given here, whatever the flee
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -48,6 +48,7 @@ class Arrivals:
         self._free = memory_bytes
         self._granted: dict[Key, Arrival] = {}
         self._waiting: OrderedDict[Key, Arrival] = OrderedDict()
+        self._of_device: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._granted) + len(self._waiting)
@@ -74,9 +75,10 @@ class Arrivals:
             return
         if ref.size > self.memory_bytes:
             raise PeerError(f"a blob of {ref.size} bytes is more than the {self.memory_bytes} that uploads may take")
-        if sum(owner == device for owner, _ in (*self._granted, *self._waiting)) >= limit:
+        if self._of_device[device] >= limit:
             raise PeerError(f"more than {limit} blobs of this device are on their way already")
         self._waiting[key] = Arrival(device, ref, header, tid, last_s=now_s)
+        self._of_device[device] += 1
 
     def holds(self, device: str, blob: bytes) -> bool:
         return (device, blob) in self._granted or (device, blob) in self._waiting
@@ -112,16 +114,22 @@ class Arrivals:
 
     def end(self, device: str, blob: bytes) -> None:
         """It is dealt with, or gone: the memory is free."""
-        self._waiting.pop((device, blob), None)
-        arrival = self._granted.pop((device, blob), None)
-        if arrival is not None:
-            self._free += arrival.ref.size
-            arrival.download = None
+        waiting = self._waiting.pop((device, blob), None)
+        granted = self._granted.pop((device, blob), None)
+        if granted is not None:
+            self._free += granted.ref.size
+            granted.download = None
+        if waiting is not None or granted is not None:
+            self._of_device[device] -= 1
+            if not self._of_device[device]:
+                del self._of_device[device]
 
     def leave(self, device: str) -> None:
         """The device went away. What came of its blobs is kept until somebody else needs the memory."""
+        if device not in self._of_device:
+            return
         for key in [key for key in self._waiting if key[0] == device]:
-            del self._waiting[key]
+            self.end(*key)
         for key, arrival in self._granted.items():
             if key[0] == device:
                 arrival.last_s = _LEFT_S
@@ -150,3 +158,4 @@ class Arrivals:
                 if arrival.last_s != _LEFT_S:
                     arrival.last_s = now_s
                     self._waiting[key] = arrival  # behind the others
+                    self._of_device[arrival.device] += 1

@@ -84,7 +84,7 @@ from edge_sdk.transport.wire import (
 
 log = logging.getLogger(__name__)
 
-UPLOAD_MEMORY = 64 << 20
+UPLOAD_MEMORY = 32 << 20
 MAX_SPARE_PREKEYS = 256
 """Unused offers that are kept of one member."""
 
