@@ -131,7 +131,8 @@ def test_one_example_more_changes_the_batches_of_its_own_window_alone(drawn, mor
 def test_a_window_has_room_for_a_batch_and_mostly_fills_one(batch, rate):
     window = window_for(batch, rate)
     assert window >= batch
-    assert window == batch or 0.8 * batch - 1 <= window * Fraction(rate) <= 0.8 * batch
+    wanted = Fraction(4 * batch, 5)
+    assert window == batch or wanted - 1 <= window * Fraction(rate) <= wanted
 
 
 def tail(window: int, rate: float, above: int) -> float:
