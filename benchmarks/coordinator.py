@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import shutil
 import socket
 import subprocess
@@ -338,47 +339,94 @@ def measure_sink(directory: Path, url: str) -> dict[str, float]:
     return {"seconds": seconds, "rss_mb": peak_mb()}
 
 
+class RawMqtt:
+    """As little MQTT 3.1.1 as it takes to play a fleet, because the generator shares this machine's cores."""
+
+    def __init__(self, url: str) -> None:
+        host, port = url.removeprefix("mqtt://").split(":")
+        self._socket = socket.create_connection((host, int(port)))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._buffer = bytearray()
+        self.unacknowledged = 0
+        self._next = 0
+        self._send(0x10, _text("MQTT") + bytes((4, 2)) + (0).to_bytes(2, "big") + _text("load"))
+        self._packet()
+        self._send(0x82, (1).to_bytes(2, "big") + _text("fl/v1/dn/+") + b"\1")
+        self._packet()
+
+    def publish(self, device: str, frame: bytes) -> None:
+        """QoS 1."""
+        self._next = self._next % 65535 + 1
+        self.unacknowledged += 1
+        self._send(0x32, _text(f"fl/v1/up/{device}") + self._next.to_bytes(2, "big"), frame)
+
+    def receive(self, wait: bool) -> tuple[str, bytes] | None:
+        """A message, acknowledged; None for an acknowledgement, or if nothing came and it is not to wait."""
+        if not self._buffer and not select.select([self._socket], [], [], 30.0 if wait else 0.0)[0]:
+            return None
+        kind, body = self._packet()
+        if kind >> 4 == 4:
+            self.unacknowledged -= 1
+            return None
+        length = int.from_bytes(body[:2], "big")
+        topic, rest = body[2 : 2 + length].decode(), body[2 + length :]
+        self._send(0x40, rest[:2])
+        return topic.rsplit("/", 1)[1], rest[2:]
+
+    def _send(self, kind: int, head: bytes, payload: bytes = b"") -> None:
+        length, sizes = len(head) + len(payload), bytearray()
+        while True:
+            length, low = divmod(length, 128)
+            sizes.append(low | (0x80 if length else 0))
+            if not length:
+                break
+        self._socket.sendall(bytes((kind,)) + bytes(sizes) + head)
+        if payload:
+            self._socket.sendall(payload)
+
+    def _packet(self) -> tuple[int, bytes]:
+        size, shift, at = 0, 0, 1
+        while True:
+            self._fill(at + 1)
+            size |= (self._buffer[at] & 127) << shift
+            if not self._buffer[at] & 128:
+                break
+            shift, at = shift + 7, at + 1
+        self._fill(at + 1 + size)
+        kind, body = self._buffer[0], bytes(self._buffer[at + 1 : at + 1 + size])
+        del self._buffer[: at + 1 + size]
+        return kind, body
+
+    def _fill(self, count: int) -> None:
+        while len(self._buffer) < count:
+            part = self._socket.recv(1 << 18)
+            if not part:
+                os._exit(0)
+            self._buffer += part
+
+
+def _text(text: str) -> bytes:
+    return len(text).to_bytes(2, "big") + text.encode()
+
+
 def load(directory: Path, url: str, straight: bool) -> None:
     """Plays all devices over one connection: answers pulls, or, straight, sends every chunk. Until stdin ends."""
-    from paho.mqtt import client as mqtt
-    from paho.mqtt.enums import CallbackAPIVersion
-
-    prepared = Prepared(directory)
-    host, port = url.removeprefix("mqtt://").split(":")
-    client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="load", protocol=mqtt.MQTTv311)
-    client.max_inflight_messages_set(64)
-    subscribed = threading.Event()
+    prepared, link = Prepared(directory), RawMqtt(url)
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
     outbox: deque[tuple[str, Any]] = deque()
-    wake = threading.Condition()
-
-    def on_message(_client: Any, _data: Any, message: Any) -> None:
-        device = message.topic.rsplit("/", 1)[1]
-        with wake:
-            outbox.extend((device, answer) for answer in prepared.answer(device, message.payload))
-            wake.notify()
-
-    client.on_message = on_message
-    client.on_subscribe = lambda *_: subscribed.set()
-    client.connect(host, int(port))
-    client.loop_start()
-    client.subscribe("fl/v1/dn/+", qos=1)
-    subscribed.wait(30)
     if straight:
         outbox.extend((device, place) for device, places in prepared.chunks.items() for place in places)
     else:
         outbox.extend(prepared.hello())
         outbox.extend((device, place) for device, place in prepared.uploads.items())
-    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
     while True:
-        with wake:
-            wake.wait_for(lambda: outbox, 0.5)
-            if not outbox:
-                continue
+        while outbox and link.unacknowledged < 128:
             device, item = outbox.popleft()
-        frame = item if isinstance(item, bytes) else prepared.read(item)
-        info = client.publish(f"fl/v1/up/{device}", frame, qos=1)
-        if len(client._out_messages) > 256:  # as many as a broker keeps for a slow reader
-            info.wait_for_publish(30)
+            link.publish(device, item if isinstance(item, bytes) else prepared.read(item))
+        message = link.receive(wait=not outbox or link.unacknowledged >= 128)
+        if message is not None:
+            device, frame = message
+            outbox.extend((device, answer) for answer in prepared.answer(device, frame))
 
 
 class Role:

@@ -469,7 +469,10 @@ class Server:
                     self._on_pull(device, frame)
                 case Gone():
                     self._arrivals.end(device, frame.blob)
-        except (PeerError, RoundAborted) as error:
+        except RoundAborted as error:  # late, or one too many: nobody's fault
+            log.info("device %s: %s", device[:16], error)
+            self._on_event(events.Refused(device, str(error)))
+        except PeerError as error:
             log.warning("device %s: %s", device[:16], error)
             self._on_event(events.Refused(device, str(error)))
 

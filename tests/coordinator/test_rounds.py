@@ -228,7 +228,8 @@ def planned_of(**fields) -> Planned:
     base = {
         "bundle": bytes(32), "dimension": D, "n_max": 8, "honest": 2, "groups": 1,
         "noise": NoisePlan("device", 1.0, 1e-3, 100.0, 0.0, 1.0, 1.0, 1.0), "delta": 1e-4,
-        "readers": [(1, 0.5), (3, 1.0)], "coordinator": [(1, 0.6), (3, 1.2)], "ledger_readers": 1.0, "ledger_coordinator": 1.0, "text": "",
+        "readers": [(1, 0.5), (3, 1.0)], "coordinator": [(1, 0.6), (3, 1.2)],
+        "ledger_readers": 1.0, "ledger_coordinator": 1.0, "text": "",
     }  # fmt: skip
     return Planned(**{**base, **fields})
 
