@@ -211,7 +211,8 @@ class GraphTrainer(Trainer):
         none at all gives zeros.  clip: > 0, weight units.  loss_bound: > 0; each example's loss is taken into
         [0, loss_bound] before it enters the sum, its gradient is not changed by that.  window: positions of the data
         set, from `sampling.window_for`; the batch size if not given.  local_lr: learning rate of one step, afterwards,
-        along the local parameters' mean gradient; 0 leaves them.  should_stop: asked before every chunk.
+        along the local parameters' mean gradient; 0 leaves them, above 0 the accounts of later rounds do not hold
+        (docs/bundle.md section 6).  should_stop: asked before every chunk.
         The drawn examples of each window run in chunks of at most the batch size, and chunks are added up in float64.
         Within a chunk the sum is float32, and one example more shifts those after it in its window: what its presence
         changes besides its own gradient is the rounding of that window's chunks, of n examples at most 2 n batch 2^-24
