@@ -12,7 +12,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import avg_pool2d, layer_norm, relu
 
 from export.graph import TrainingSpec
 
@@ -34,9 +34,9 @@ class EdgesAndPixels(nn.Module):
                 self.edges.weight[k, 0, 0, 1], self.edges.weight[k, 0, 2, 1] = -down, down
 
     def forward(self, x: Tensor) -> Tensor:
-        edges = F.avg_pool2d(F.relu(self.edges(x)), 2).flatten(1)
+        edges = avg_pool2d(relu(self.edges(x)), 2).flatten(1)
         pixels = x.flatten(1)
-        return torch.cat([F.layer_norm(pixels, (64,)) * 0.5**0.5, F.layer_norm(edges, (128,)) * 0.5], dim=1)
+        return torch.cat([layer_norm(pixels, (64,)) * 0.5**0.5, layer_norm(edges, (128,)) * 0.5], dim=1)
 
 
 def build() -> TrainingSpec:
