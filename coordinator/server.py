@@ -97,6 +97,8 @@ MAX_LETTER_BYTES = 1 << 20
 SETTLE_S = 30.0
 """How long the members of a new epoch have to offer their first prekeys."""
 
+FRAMES_BETWEEN_PULLS = 16
+
 INLINE_TICKETS = 48 << 10
 """Bytes of tickets in one Welcome; further ones are fetched."""
 
@@ -244,7 +246,9 @@ class Server:
         """Handle what came within `timeout_s`, and what is due. See the module's docstring for the order."""
         inbound = self._hub.receive(timeout_s)
         now_s = self._clock()
-        for item in inbound:
+        for handled, item in enumerate(inbound):
+            if handled % FRAMES_BETWEEN_PULLS == 0:
+                self._send_pulls(now_s)  # so that the next uploads are on their way while these are handled
             match item:
                 case Inbound(device, frame):
                     self._on_frame(device, frame, now_s)
@@ -263,9 +267,13 @@ class Server:
         self._write_letters(now_s)
         self._commit()  # what tickets gave cause for; their own rows are written
         self._mail.send_answers(lambda: self._passed("answer sent"))
+        self._send_pulls(now_s)
+        self._mail.send_bulk()
+
+    def _send_pulls(self, now_s: float) -> None:
+        """Grants, and what granted uploads lack. A pull promises nothing, so it need not wait for the transaction."""
         for device, pull in self._arrivals.pulls(now_s):
             self._hub.send(device, encode_frame(pull))
-        self._mail.send_bulk()
 
     def close(self) -> None:
         """Stop. Nothing needs to be said or written: what counts is on disk."""
@@ -449,6 +457,8 @@ class Server:
     def _on_frame(self, device: str, data: bytes, now_s: float) -> None:
         """One frame. A bad one is dropped with one line in the log; nothing has changed then."""
         try:
+            if device not in self._devices:
+                self._refresh()  # it may have joined a moment ago
             if device not in self._devices:
                 raise PeerError("it is not enrolled, or was revoked")
             frame = decode_up(data)
