@@ -155,6 +155,12 @@ def _setup_options(parser: argparse.ArgumentParser) -> None:
     setup.add_argument("--corrupt-devices", type=int, default=1, metavar="F")
 
 
+def _setup_defaults() -> dict[str, Any]:
+    parser = argparse.ArgumentParser(add_help=False)
+    _setup_options(parser)
+    return vars(parser.parse_args([]))
+
+
 # Setting up and serving
 
 
@@ -196,6 +202,10 @@ def _serve(options: argparse.Namespace) -> int:
 
     if not (options.dir / NAME).exists():
         _init(options)
+    elif given := [name for name, default in _setup_defaults().items() if getattr(options, name) != default]:
+        logging.getLogger("sordino").warning(
+            "%s is there already and counts; not looked at: %s", options.dir / NAME, ", ".join(sorted(given))
+        )
     stopping = False
 
     def stop(_: int, __: FrameType | None) -> None:

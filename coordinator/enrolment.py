@@ -337,7 +337,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._answer(HTTPStatus.OK, msgspec.json.encode(admission), "application/json")
 
     def _refuse(self, status: HTTPStatus, code: str, reason: str) -> None:
-        log.warning("%s %s from %s refused (%s): %r", self.command, self.path, self.client_address[0], code, reason)
+        log.warning("%s %r from %s refused (%s): %r", self.command, self.path, self.client_address[0], code, reason)
         self._answer(status, msgspec.json.encode(Refusal(code)), "application/json")
 
     def _answer(self, status: HTTPStatus, body: bytes, kind: str) -> None:
@@ -348,4 +348,4 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: object) -> None:
-        log.debug("%s %s", self.client_address[0], format % arguments)
+        log.debug("%s %r", self.client_address[0], format % arguments)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import queue
 import signal
 import socket
 import stat
@@ -106,24 +107,32 @@ class Operator:
         log = self.directory.with_suffix(".log").open("ab")
         self.serving = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT)
         log.close()
-        line = self.serving.stdout.readline()
-        assert line, self.directory.with_suffix(".log").read_text()[-2000:]
-        return json.loads(line)
+        self._said = queue.SimpleQueue()
+        threading.Thread(target=self._listen, args=(self.serving.stdout, self._said), daemon=True).start()
+        return self.events("serving")[-1]
+
+    @staticmethod
+    def _listen(stdout, said):
+        with stdout:
+            for line in stdout:
+                said.put(json.loads(line))
+        said.put(None)
 
     def events(self, last):
         """Events until one of this kind, that one included."""
-        seen = []
-        for line in self.serving.stdout:
-            seen.append(json.loads(line))
-            if seen[-1]["event"] == last:
-                return seen
-        raise AssertionError(self.directory.with_suffix(".log").read_text()[-2000:])
+        seen, deadline = [], time.monotonic() + DEADLINE_S
+        with contextlib.suppress(queue.Empty):
+            while (event := self._said.get(timeout=max(0.0, deadline - time.monotonic()))) is not None:
+                seen.append(event)
+                if event["event"] == last:
+                    return seen
+        log = self.directory.with_suffix(".log").read_text()
+        raise AssertionError(f"no {last!r} but {[event['event'] for event in seen]}; log: {log[-2000:]}")
 
     def end(self, how=signal.SIGTERM):
         if self.serving is not None:
             self.serving.send_signal(how)
             code = self.serving.wait(DEADLINE_S)
-            self.serving.stdout.close()
             self.serving = None
             return code
         return None
@@ -389,6 +398,14 @@ def test_serve_in_an_empty_directory_lets_a_device_in_and_a_revoked_one_out(oper
         enrolment.renew(device)
     assert operator.end() == 0
     assert operator("status")[0]["serving"] is None
+
+
+def test_serve_says_which_options_came_too_late(operator):
+    operator.init()
+    operator.serve("--broker", "amqtt")
+    assert operator.end() == 0
+    log = operator.directory.with_suffix(".log").read_text()
+    assert "coordinator.toml is there already and counts; not looked at: broker" in log
 
 
 def test_only_one_process_serves_and_the_other_disturbs_nothing(operator):
