@@ -39,7 +39,7 @@ A task file in full. What is commented out has the default that is said, or is f
     # mean_weight = 0.5           # unit "device" with weight_cap: a device's weight on average; 1 if not given
 
     [work]                        # what a device does; may be left out for unit "example"
-    # learning_rate = 0.05        # unit "device": of its steps. "example": of the local parameters'; 0 if not given
+    # learning_rate = 0.05        # unit "device": of its steps
     # epochs = 1                  # unit "device": passes over the data,
     # steps = 10                  # or steps: one of the two
     # proximal = 0.01             # unit "device": FedProx's mu; 0 if not given
@@ -239,7 +239,7 @@ def _faults(task: Task) -> list[tuple[Place, str]]:
     if task.unit == "example":
         fault(cohort.examples == 0, "cohort.examples", "missing; say how many examples a device has on average")
         fault(cohort.mean_weight != 1, "cohort.mean_weight", 'for unit "device" only; leave it out')
-        for name in ("epochs", "steps", "proximal", "weight_cap"):
+        for name in ("learning_rate", "epochs", "steps", "proximal", "weight_cap"):
             value = getattr(work, name)
             fault(value != 0, f"work.{name}", f'{value}: a round of unit "example" is one step; leave it out')
     else:

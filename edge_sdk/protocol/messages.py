@@ -145,8 +145,7 @@ class Work(Message, frozen=True):
     """What a device does between ticket and contribution (docs/protocol.md section 8.3)."""
 
     learning_rate: NonNegative
-    """Unit "device": of the local SGD steps, above 0. Unit "example": of one step along the local parameters; 0 leaves
-    them."""
+    """Unit "device": of the local SGD steps, above 0. Unit "example": 0, local parameters stay as they are."""
     epochs: Loops
     steps: Loops
     """Unit "device": passes over the data, or steps; exactly one of the two is above 0. Unit "example": both 0."""

@@ -120,7 +120,9 @@ def _check_work(ticket: Ticket) -> None:
                 'for unit "device"'
             )
         return
-    for name in ("epochs", "steps", "proximal", "weight_cap"):
+    # A local parameter that moved along an example's gradient would carry the example into every later gradient of the
+    # others, unclipped: the account by example holds while local parameters stay as they are.
+    for name in ("learning_rate", "epochs", "steps", "proximal", "weight_cap"):
         value = getattr(work, name)
         if value != 0:
             raise PeerError(f'ticket: work.{name} is {value}: 0 for unit "example", whose round is one step')

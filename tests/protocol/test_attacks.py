@@ -454,6 +454,7 @@ def field(name: str) -> str:
         ({"work": work(steps=1)}, field(r"work\.epochs is 1 and work\.steps is 1")),
         ({"work": work(proximal=math.inf)}, field("work")),
         ({"work": work(weight_cap=-1)}, field("work")),
+        (examples(learning_rate=0.1), field(r"work\.learning_rate")),
         (examples(epochs=1), field(r"work\.epochs")),
         (examples(steps=1), field(r"work\.steps")),
         (examples(proximal=0.1), field(r"work\.proximal")),
@@ -489,7 +490,7 @@ def test_a_plan_within_the_terms_is_taken():
     stage = staged(6)
     terms = Terms(stage.round.ticket.bundle, min_honest=4, min_noise_multiplier=0.01)
     for changes in ({"noise": NOISE}, {"work": work(epochs=0, steps=7, proximal=0.1, weight_cap=600)},
-                    examples(), examples(learning_rate=0.1)):  # fmt: skip
+                    examples()):  # fmt: skip
         ticket = ticket_like(stage, **({"honest": 4} | changes))
         after = contributor.step(Idle("reference"), wrap(Ticket, ticket), stage.fleet.epoch, terms, 0)
         assert isinstance(after, Training)

@@ -1585,7 +1585,6 @@ def ticket_vectors() -> Json:
     example = msgspec.structs.replace(ticket.noise, unit="example", example_rate=0.25)
     local, gradients = Work(0.5, 1, 0, 0.0, 0), Work(0.0, 0, 0, 0.0, 0)
     case("unit example", changed(noise=example, work=gradients))
-    case("unit example with a step of the local parameters", changed(noise=example, work=Work(0.5, 0, 0, 0.0, 0)))
     case("unit device for ten steps", changed(work=Work(0.5, 0, 10, 0.01, 600)))
     for name, work, reason in (
         ("no learning rate", Work(0.0, 1, 0, 0.0, 0), "work.learning_rate is 0"),
@@ -1596,10 +1595,11 @@ def ticket_vectors() -> Json:
     drawn = msgspec.structs.replace(ticket.noise, example_rate=0.5)
     case("unit device: a draw of examples", changed(noise=drawn, work=local), "noise.example_rate is 0.5")
     for name, work, reason in (
-        ("epochs", Work(0.5, 1, 0, 0.0, 0), "work.epochs is 1"),
-        ("steps", Work(0.5, 0, 1, 0.0, 0), "work.steps is 1"),
-        ("a proximal term", Work(0.5, 0, 0, 0.01, 0), "work.proximal is 0.01"),
-        ("weights", Work(0.5, 0, 0, 0.0, 600), "work.weight_cap is 600"),
+        ("a step of the local parameters", Work(0.5, 0, 0, 0.0, 0), "work.learning_rate is 0.5"),
+        ("epochs", Work(0.0, 1, 0, 0.0, 0), "work.epochs is 1"),
+        ("steps", Work(0.0, 0, 1, 0.0, 0), "work.steps is 1"),
+        ("a proximal term", Work(0.0, 0, 0, 0.01, 0), "work.proximal is 0.01"),
+        ("weights", Work(0.0, 0, 0, 0.0, 600), "work.weight_cap is 600"),
     ):
         case(f"unit example: {name}", changed(noise=example, work=work), reason)
     odd = b"\xdd\x00\x00\x00\x10" + encode(ticket)[3:]  # the array's length in 32 bits
