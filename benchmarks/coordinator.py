@@ -6,8 +6,9 @@ Every contribution is made in advance, for a ticket that the server itself issue
 device would send. One row a broker and n:
 
 - `null`: a hub that reads these frames from disk when the server pulls them. Its own time is taken out of the figure.
-- `mosquitto`, `amqtt`: on loopback without TLS; another process plays all devices. `carried_mb_per_s` is what the
-  broker brings through to a hub that only counts (same frames, no coordinator), `ratio` the server's share of that.
+- `mosquitto`, `amqtt`: on loopback with mutual TLS, as `edge-coordinator serve` has it (no topic rules); another
+  process plays all devices over one connection. `carried_mb_per_s` is what the broker brings through to a hub that only
+  counts (same frames, no coordinator), `ratio` the server's share of that.
 
 Measured is from the first upload to the last receipt, with everything that belongs to it: chunks checked, signature and
 hashes checked, vector added, written, flushed, row committed, receipt signed, sealed shares sent to five helpers.
@@ -39,6 +40,7 @@ import numpy as np
 
 from coordinator import events
 from coordinator.broker.mosquitto import find_mosquitto
+from coordinator.ca import CertificateAuthority
 from coordinator.optimizer import pack_memory
 from coordinator.server import Server
 from coordinator.store import EpochRow, ModelRow, Store, TaskRow
@@ -52,7 +54,7 @@ from edge_sdk.protocol.messages import Anchor, NoisePlan, Receipt, Signed, unwra
 from edge_sdk.protocol.rounds import Round
 from edge_sdk.transport import Connected, Hub, Inbound, Lost
 from edge_sdk.transport.chunks import Blob, chunk_count
-from edge_sdk.transport.mqtt import MqttHub
+from edge_sdk.transport.mqtt import Credentials, MqttHub
 from edge_sdk.transport.wire import (
     BlobRef,
     Hello,
@@ -279,7 +281,7 @@ def measure_server(directory: Path, url: str) -> dict[str, float]:
         nonlocal taken
         taken += isinstance(event, events.Contributed)
 
-    hub = MqttHub(url, None, plaintext=True)
+    hub = MqttHub(url, credentials(directory))
     counting = Counting(hub)
     server = serve(directory, counting, on_event=count)
     print("ready", flush=True)
@@ -324,7 +326,7 @@ def measure_sink(directory: Path, url: str) -> dict[str, float]:
     """A hub that only counts the chunks' bytes."""
     index = json.loads((directory / "index.json").read_text())
     expected = sum(length for entry in index for _, length in entry[4])
-    hub = MqttHub(url, None, plaintext=True)
+    hub = MqttHub(url, credentials(directory))
     print("ready", flush=True)
     received, first, begun = 0, 0.0, time.perf_counter()
     while received < expected:
@@ -342,10 +344,11 @@ def measure_sink(directory: Path, url: str) -> dict[str, float]:
 class RawMqtt:
     """As little MQTT 3.1.1 as it takes to play a fleet, because the generator shares this machine's cores."""
 
-    def __init__(self, url: str) -> None:
-        host, port = url.removeprefix("mqtt://").split(":")
-        self._socket = socket.create_connection((host, int(port)))
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def __init__(self, url: str, directory: Path) -> None:
+        host, port = url.removeprefix("mqtts://").split(":")
+        plain = socket.create_connection((host, int(port)))
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket = credentials(directory).context().wrap_socket(plain, server_hostname=host)
         self._buffer = bytearray()
         self.unacknowledged = 0
         self._next = 0
@@ -362,7 +365,8 @@ class RawMqtt:
 
     def receive(self, wait: bool) -> tuple[str, bytes] | None:
         """A message, acknowledged; None for an acknowledgement, or if nothing came and it is not to wait."""
-        if not self._buffer and not select.select([self._socket], [], [], 30.0 if wait else 0.0)[0]:
+        waiting = self._buffer or self._socket.pending()
+        if not waiting and not select.select([self._socket], [], [], 30.0 if wait else 0.0)[0]:
             return None
         kind, body = self._packet()
         if kind >> 4 == 4:
@@ -411,7 +415,7 @@ def _text(text: str) -> bytes:
 
 def load(directory: Path, url: str, straight: bool) -> None:
     """Plays all devices over one connection: answers pulls, or, straight, sends every chunk. Until stdin ends."""
-    prepared, link = Prepared(directory), RawMqtt(url)
+    prepared, link = Prepared(directory), RawMqtt(url, directory)
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
     outbox: deque[tuple[str, Any]] = deque()
     if straight:
@@ -467,8 +471,16 @@ asyncio.run(main())
 """
 
 
+def credentials(directory: Path) -> Credentials:
+    tls = directory / "tls"
+    return Credentials(tls / "ca.pem", tls / "client.pem", tls / "client.key")
+
+
 def start_broker(kind: str, directory: Path) -> tuple[subprocess.Popen[bytes], str]:
-    port = free_port()
+    port, tls = free_port(), directory / "tls"
+    tls.mkdir(mode=0o700, exist_ok=True)
+    now_s = int(time.time())
+    CertificateAuthority.create(tls, "bench", now_s).ensure_service_certificates(["127.0.0.1"], now_s)
     if kind == "mosquitto":
         program = find_mosquitto()
         if program is None:
@@ -476,22 +488,20 @@ def start_broker(kind: str, directory: Path) -> tuple[subprocess.Popen[bytes], s
         config = directory / "mosquitto.conf"
         config.write_text(
             f"listener {port} 127.0.0.1\nallow_anonymous true\npersistence false\nset_tcp_nodelay true\nuser root\n"
-            "max_queued_messages 0\nmax_inflight_messages 0\n"
+            f"max_queued_messages 0\nmax_inflight_messages 0\nrequire_certificate true\ncafile {tls}/ca.pem\n"
+            f"certfile {tls}/server.pem\nkeyfile {tls}/server.key\n"
         )
         command = [program, "-c", str(config)]
     else:
-        config_json = {
-            "listeners": {"default": {"type": "tcp", "bind": f"127.0.0.1:{port}"}},
-            "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
-        }
-        command = [sys.executable, "-c", AMQTT, json.dumps(config_json)]
-    process = subprocess.Popen(  # noqa: S603  a broker, with a configuration made here
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+        files = {"cafile": f"{tls}/ca.pem", "certfile": f"{tls}/server.pem", "keyfile": f"{tls}/server.key"}
+        listener = {"type": "tcp", "bind": f"127.0.0.1:{port}", "ssl": True, **files}
+        anonymous = {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}}
+        command = [sys.executable, "-c", AMQTT, json.dumps({"listeners": {"default": listener}, "plugins": anonymous})]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: S603  made here
     for _ in range(200):
         try:
             socket.create_connection(("127.0.0.1", port), 0.2).close()
-            return process, f"mqtt://127.0.0.1:{port}"
+            return process, f"mqtts://127.0.0.1:{port}"
         except OSError:
             time.sleep(0.05)
     process.kill()

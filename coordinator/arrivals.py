@@ -12,14 +12,51 @@ from dataclasses import dataclass, field
 
 from edge_sdk.errors import PeerError
 from edge_sdk.protocol.messages import Signed
-from edge_sdk.transport.chunks import Download
-from edge_sdk.transport.wire import BlobRef, Chunk, Pull
+from edge_sdk.transport.chunks import Download, check_chunk
+from edge_sdk.transport.wire import CHUNK_BYTES, BlobRef, Chunk, Pull
 
 STALL_S = 30.0
 """A grant that brought nothing for so long goes to whoever waits."""
 
 _LEFT_S = float("-inf")
 """In place of when it last sent something, for a device that went away."""
+
+
+MAX_DAMAGED = 3
+"""So often chunks that came damaged are asked for again."""
+
+
+class Unproved(Download):
+    """Takes chunks at their word. For uploads, which are held whole against a signed header anyway: their proofs are
+    only looked at if that fails, which halves what there is to hash."""
+
+    def __init__(self, ref: BlobRef) -> None:
+        super().__init__(ref)
+        self._proofs: dict[int, list[bytes]] = {}
+
+    def _check(self, chunk: Chunk) -> None:
+        begin = chunk.index * CHUNK_BYTES
+        if chunk.blob != self.ref.id or len(chunk.data) != min(CHUNK_BYTES, self.ref.size - begin):
+            raise PeerError(f"chunk: {chunk.index} with {len(chunk.data)} bytes is not one of the blob's")
+
+    def _keep(self, chunk: Chunk) -> None:
+        super()._keep(chunk)
+        self._proofs[chunk.index] = chunk.proof
+
+    def recheck(self) -> int:
+        """Drop the chunks whose proofs do not hold; `pull` asks for them again. Returns how many there were."""
+        content, damaged = self.view(), 0
+        for index, proof in self._proofs.items():
+            data = bytes(content[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES])
+            try:
+                check_chunk(self.ref, Chunk(self.ref.id, index, data, proof))
+            except PeerError:
+                self._have[index] = 0
+                self._missing += 1
+                self._received_bytes -= len(data)
+                damaged += 1
+        self.ask_again()
+        return damaged
 
 
 @dataclass
@@ -33,6 +70,15 @@ class Arrival:
     download: Download | None = field(default=None, repr=False)
     """None while it waits."""
     last_s: float = 0.0
+    damaged: int = 0
+    """How often `recheck` found something."""
+
+    def recheck(self) -> bool:
+        """Whether it was damaged under way and goes on; else it is what its device sent."""
+        if not isinstance(self.download, Unproved) or self.damaged >= MAX_DAMAGED or not self.download.recheck():
+            return False
+        self.damaged += 1
+        return True
 
 
 Key = tuple[str, bytes]
@@ -92,7 +138,8 @@ class Arrivals:
                 break  # in order: a large one is not overtaken for ever by small ones
             del self._waiting[key]
             self._free -= arrival.ref.size
-            arrival.download, arrival.last_s = Download(arrival.ref), now_s
+            arrival.download = Download(arrival.ref) if arrival.header is None else Unproved(arrival.ref)
+            arrival.last_s = now_s
             self._granted[key] = arrival
         for arrival in self._granted.values():
             if arrival.download is not None and arrival.last_s != _LEFT_S and arrival.download.due_s <= now_s:

@@ -653,7 +653,8 @@ class Server:
             else:
                 self._take(device, arrival, arrival.header, view, now_s)
         finally:
-            self._arrivals.end(device, chunk.blob)
+            if arrival.download is not None and arrival.download.complete:
+                self._arrivals.end(device, chunk.blob)
 
     def _take(self, device: str, arrival: Arrival, signed: Signed, view: memoryview, now_s: float) -> None:
         """A whole upload: into the round, or back with the reason."""
@@ -674,6 +675,8 @@ class Server:
             self._answer(device, Refusal(digest, "its ledger was rolled back or cloned: enrol it anew", final=True))
             raise
         except (PeerError, RoundAborted) as error:
+            if isinstance(error, PeerError) and arrival.recheck():
+                raise PeerError("upload: chunks were damaged under way, and are asked for again") from error
             self._answer(device, Refusal(digest, str(error)[:512], final=True))
             raise
         if accepted.shares is None or not isinstance(accepted.state, Collecting):

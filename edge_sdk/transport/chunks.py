@@ -250,7 +250,7 @@ class Receiving(ABC):
 
         Raises PeerError if it is not of the blob; then nothing has changed.
         """
-        check_chunk(self.ref, chunk)
+        self._check(chunk)
         if self._have[chunk.index]:
             return False
         self._keep(chunk)
@@ -264,6 +264,10 @@ class Receiving(ABC):
         if self.complete:
             self._finish()
         return True
+
+    def _check(self, chunk: Chunk) -> None:
+        """Raise PeerError unless the chunk is of the blob."""
+        check_chunk(self.ref, chunk)
 
     @abstractmethod
     def data(self) -> bytes:

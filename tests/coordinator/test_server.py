@@ -214,6 +214,41 @@ def test_an_upload_that_is_not_what_its_header_binds_is_refused(tmp_path):
     assert liar.enrolled.index not in truth.senders
 
 
+def test_a_chunk_damaged_under_way_is_asked_for_again(tmp_path):
+    fleet = make(tmp_path)
+    victim, damaged = fleet.devices[0], []
+    honest = victim._on_pull
+
+    def damage(pull):
+        frames = honest(pull)
+        if len(damaged) < 2:
+            chunk = decode_up(frames[0])
+            damaged.append(chunk)
+            data = bytes([chunk.data[0] ^ 1]) + chunk.data[1:]
+            return [encode_frame(Chunk(chunk.blob, chunk.index, data, chunk.proof))]
+        return frames
+
+    victim._on_pull = damage
+    (truth,) = finish(fleet)
+    assert len(damaged) == 2
+    assert victim.enrolled.index in truth.senders
+
+
+def test_a_device_that_sends_damaged_chunks_for_ever_is_refused(tmp_path):
+    fleet = make(tmp_path, expected=4)
+    liar = fleet.devices[0]
+    honest = liar._on_pull
+
+    def damage(pull):
+        chunks = map(decode_up, honest(pull))
+        return [encode_frame(Chunk(c.blob, c.index, bytes(len(c.data)), c.proof)) for c in chunks]
+
+    liar._on_pull = damage
+    fleet.run(lambda: bool(liar.refusals))
+    (truth,) = finish(fleet)
+    assert liar.enrolled.index not in truth.senders
+
+
 def test_complaints_after_it_was_summed_take_a_contribution_out_again(tmp_path):
     fleet = make(tmp_path)
     victim = fleet.devices[2]
