@@ -24,6 +24,7 @@ from edge_sdk.errors import ParameterError, SordinoError
 
 if TYPE_CHECKING:
     from coordinator.events import Event
+    from coordinator.serving import Directory
     from coordinator.store import ModelRow, Store
 
 DEFAULT_DIRECTORY = Path("sordino-coordinator")
@@ -467,8 +468,9 @@ def _task_add(options: argparse.Namespace) -> int:
         planned = add_task(
             store,
             options.file,
-            corrupt_devices=directory.config.authority.corrupt_devices,
+            corrupt_devices=_corrupt_devices(directory, store),
             now_s=time.time(),
+            publishers=[bytes.fromhex(key) for key in directory.config.publishers],
             roster=options.roster,
         )
     finally:
@@ -491,6 +493,19 @@ def _task_add(options: argparse.Namespace) -> int:
     else:
         print(planned.text)
     return 0
+
+
+def _corrupt_devices(directory: Directory, store: Store) -> int:
+    """F: of the installed epoch where the authority lives apart and decides it, else of coordinator.toml."""
+    from edge_sdk.protocol import messages
+    from edge_sdk.protocol.messages import Epoch, Signed
+
+    if directory.authority is None:
+        with store.reading() as t:
+            row = t.newest_epoch()
+        if row is not None:
+            return messages.decode(Epoch, messages.decode(Signed, row.signed).body).frozen.corrupt_devices
+    return directory.config.authority.corrupt_devices
 
 
 def _task_list(options: argparse.Namespace) -> int:

@@ -97,7 +97,7 @@ def markdown(report: TaskReport) -> str:
         "",
         "## What is trained",
         "",
-        f"- bundle `{planned.bundle.hex()}`, signed by publisher `{task.publisher}`",
+        f"- bundle `{planned.bundle.hex()}`, signed by publisher `{planned.publisher.hex()}`",
         f"- unit of privacy: one {'example' if task.unit == 'example' else 'device, with all its data'}",
         f"- clip {newest.clip:g}, noise {planned.mechanism.noise_multiplier:.4g} times what one unit adds, carried by "
         f"any {planned.honest} devices of a group",

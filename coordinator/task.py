@@ -4,7 +4,8 @@ A task file in full. What is commented out has the default that is said, or is f
 
     name = "digits"               # in every ticket: small letters, digits, dots, dashes; never used for another task
     bundle = "digits.bundle"      # what `edge-export build` made; a path from this file's directory
-    publisher = "0000000000000000000000000000000000000000000000000000000000000000"   # who signed it; devices pin it too
+    # publisher = "0000000000000000000000000000000000000000000000000000000000000000"   # who signed it; if not
+                                  # given, one of coordinator.toml's publishers, whom devices pin, did
     unit = "example"              # whose data is hidden: one "example", or all of a "device"'s; as in the bundle
     rounds = 40                   # models to publish; then the task is done
     # participants = ["kitchen"]  # tags: devices that bear one of them take part; without it all devices do
@@ -63,6 +64,7 @@ A task file in full. What is commented out has the default that is said, or is f
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import tomllib
@@ -83,6 +85,8 @@ from edge_sdk.privacy.rdp import Budget, Sampling
 from edge_sdk.protocol import messages
 from edge_sdk.protocol.messages import MAX_CONTRIBUTORS, MAX_GROUPS, MAX_ROSTER, Loops, NoisePlan, Work
 from edge_sdk.protocol.plan import corrupt_in_group, delta_bits
+
+log = logging.getLogger(__name__)
 
 Above0 = Annotated[float, Meta(gt=0.0, lt=1e30)]
 AtLeast0 = Annotated[float, Meta(ge=0.0, lt=1e30)]
@@ -166,12 +170,12 @@ class Task(_Table, frozen=True):
 
     name: messages.Name
     bundle: Annotated[str, Meta(min_length=1)]
-    publisher: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
     unit: Literal["device", "example"]
     rounds: Annotated[int, Meta(ge=1, le=1_000_000)]
     privacy: PrivacyTable
     cohort: CohortTable
     schedule: ScheduleTable
+    publisher: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] | None = None
     participants: tuple[Tag, ...] = ()
     work: WorkTable = WorkTable()
     optimizer: Optimizer = Optimizer()
@@ -313,6 +317,8 @@ class Planned(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     ledger_readers: float
     ledger_coordinator: float
     text: str
+    publisher: bytes = b""
+    """Public key of who signed the bundle."""
 
     @property
     def mechanism(self) -> Mechanism:
@@ -421,9 +427,18 @@ def _most_contributors(task: Task) -> int:
     return cohort.n_max or max(2, min(MAX_CONTRIBUTORS, math.ceil(cohort.expected + 6 * cohort.spread)))
 
 
-def add_task(store: Store, path: Path, *, corrupt_devices: int, now_s: float, roster: int | None = None) -> Planned:
+def add_task(
+    store: Store,
+    path: Path,
+    *,
+    corrupt_devices: int,
+    now_s: float,
+    publishers: Sequence[bytes] = (),
+    roster: int | None = None,
+) -> Planned:
     """Check the task file at `path`, plan it, and put it into the store, where a running server finds it.
 
+    publishers: those that devices pin when they join; one of them signed the bundle unless the task names another.
     roster: devices to plan for; None: those enrolled now, or, if there are fewer, as many as the task's n_max asks.
     Raises ParameterError with the place and the remedy; PeerError that names the fault of the bundle.
     """
@@ -438,7 +453,7 @@ def add_task(store: Store, path: Path, *, corrupt_devices: int, now_s: float, ro
         where = _place(text, ("bundle",))
         raise ParameterError(f"{path.name}, {where}: {error}; the path is relative to the task file") from error
     try:
-        bundle = Bundle.read(content, bytes.fromhex(task.publisher))
+        bundle, publisher = _read_bundle(content, task, publishers)
     except PeerError as error:
         raise PeerError(f"{path.name}, {_place(text, ('bundle',))}: {error}") from error
     if roster is None:
@@ -446,6 +461,7 @@ def add_task(store: Store, path: Path, *, corrupt_devices: int, now_s: float, ro
             enrolled = sum(row.role == "device" and row.revoked_s is None for row in t.devices())
         roster = max(enrolled, _most_contributors(task))
     planned = plan(task, bundle, min(roster, MAX_ROSTER), corrupt_devices)
+    planned = msgspec.structs.replace(planned, publisher=publisher)
     bundle_file = store.put_blob(content)
     initial = bundle.flatten(bundle.parameters())
     parameters = store.put_blob(initial.astype("<f4").tobytes())
@@ -459,6 +475,21 @@ def add_task(store: Store, path: Path, *, corrupt_devices: int, now_s: float, ro
             )
         )  # fmt: skip
     return planned
+
+
+def _read_bundle(content: bytes, task: Task, publishers: Sequence[bytes]) -> tuple[Bundle, bytes]:
+    """The bundle and who signed it: the task's publisher, or else one of `publishers`. Raises PeerError."""
+    pinned = [bytes.fromhex(task.publisher)] if task.publisher else list(publishers)
+    if task.publisher and publishers and pinned[0] not in publishers:
+        log.warning("publisher %s is not one of coordinator.toml's: devices refuse it unless their policy lists it",
+                    task.publisher)  # fmt: skip
+    fault = PeerError("no publisher is known: name one in the task, or in coordinator.toml")
+    for key in pinned:
+        try:
+            return Bundle.read(content, key), key
+        except PeerError as error:
+            fault = error
+    raise fault
 
 
 def load(row: TaskRow) -> tuple[Task, Planned]:

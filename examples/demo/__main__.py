@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from rich.console import Console
@@ -33,6 +33,9 @@ from examples.demo.fleet import Line, Process, Said, call
 
 HERE = Path(__file__).parent
 DEVICES = 20
+PUBLISHER = "a9b2780b2d21611cac8c60cc51071dc35fe7ca4b03feb45904871ff11797255f"
+"""Who signed the demo's bundles (make_bundle.py)."""
+
 CORRUPT = 2
 """Devices of the fleet that may be corrupt, together with the coordinator."""
 
@@ -110,7 +113,7 @@ class Demo:
     def __init__(self, name: data.Name, folder: Path, console: Console) -> None:
         self.name, self.folder, self.console = name, folder, console
         self.task = Task.from_toml((HERE / f"{name}.toml").read_text(), f"{name}.toml")
-        self.bundle = Bundle.read(HERE / self.task.bundle, bytes.fromhex(self.task.publisher))
+        self.bundle = Bundle.read(HERE / self.task.bundle, bytes.fromhex(PUBLISHER))
         self.said: queue.Queue[Said] = queue.Queue()
         self.processes: dict[str, Process] = {}
         self.progress = Progress(self.task.rounds)
@@ -139,7 +142,7 @@ class Demo:
         enrolment, broker = free_ports(2)
         call(
             "coordinator", "init", "--dir", str(self.home), "--json", "--fleet", "demo",
-            "--enrolment-port", str(enrolment), "--broker-port", str(broker), "--publisher", self.task.publisher,
+            "--enrolment-port", str(enrolment), "--broker-port", str(broker), "--publisher", PUBLISHER,
             "--committee", "everyone", "--corrupt-devices", str(CORRUPT),
         )  # fmt: skip
         self.start("coordinator", ["coordinator", "serve", "--dir", str(self.home), "--json"])
@@ -150,7 +153,8 @@ class Demo:
         def join(name: str, token: str, part: data.Part) -> None:
             home = self.folder / name
             home.mkdir(mode=0o700)
-            np.savez(home / "examples.npz", **{self.bundle.manifest.inputs[0].name: part.x, "y": part.y})
+            arrays: dict[str, Any] = {self.bundle.manifest.inputs[0].name: part.x, "y": part.y}
+            np.savez(home / "examples.npz", **arrays)
             call("edge_sdk", "join", token, "--dir", str(home), "--task", f"{self.task.name}=examples.npz", "--json")
             self.start(name, ["edge_sdk", "run", "--dir", str(home), "--json"])
 

@@ -12,6 +12,7 @@ from training import tiny_models as tiny
 import coordinator.task
 from coordinator.store import Store, StoreError
 from coordinator.task import Planned, Task, add_task, load
+from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError, PeerError
 
 
@@ -177,3 +178,23 @@ def test_a_plan_that_does_not_hold_is_refused_with_what_would(store, directory):
 def test_a_damaged_plan_is_the_stores_fault():
     with pytest.raises(StoreError, match="plan"):
         Planned.decode(b"\x90")
+
+
+def without_publisher(directory):
+    path = directory / "task.toml"
+    path.write_text("\n".join(line for line in path.read_text().split("\n") if not line.startswith("publisher")))
+    return path
+
+
+def test_a_task_without_a_publisher_takes_the_fleets_and_says_who_signed(directory, store):
+    keys = [Identity(b"s" * 32).public_key, tiny.PUBLISHER.public_key]
+    planned = add_task(store, without_publisher(directory), corrupt_devices=2, now_s=1.0, publishers=keys)
+    assert planned.publisher == tiny.PUBLISHER.public_key
+
+
+@pytest.mark.parametrize("publishers", [[], [Identity(b"s" * 32).public_key]])
+def test_a_bundle_that_no_publisher_of_the_fleet_signed_is_refused(publishers, directory, store):
+    with pytest.raises(PeerError, match=r"task.toml, line 3: bundle: "):
+        add_task(store, without_publisher(directory), corrupt_devices=2, now_s=1.0, publishers=publishers)
+    with store.reading() as t:
+        assert t.tasks() == []
