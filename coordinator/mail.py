@@ -6,12 +6,16 @@ twice is answered once. So a thousand devices that fetch one model cost the wish
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
+from edge_sdk.errors import ParameterError
 from edge_sdk.transport import Hub
 from edge_sdk.transport.chunks import Blob
 from edge_sdk.transport.wire import MAX_PULL, encode_frame
+
+log = logging.getLogger(__name__)
 
 UNSENT_BYTES = 4 << 20
 """While the broker has so much to take, bulk waits."""
@@ -71,7 +75,12 @@ class Mail:
             (_, index), blob = wishes.popitem(last=False)
             if wishes:
                 self._wishes[device] = wishes  # to the end: the others come first
-            self._hub.send(device, encode_frame(blob.chunk(index)))
+            try:
+                chunk = blob.chunk(index)
+            except ParameterError as error:  # the disk's fault: rounds go on, and the operator has to know
+                log.error("not served: %s", error)
+                continue
+            self._hub.send(device, encode_frame(chunk))
 
     @property
     def has_bulk(self) -> bool:

@@ -9,8 +9,11 @@ import sys
 
 import numpy as np
 import pytest
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.schema import CreateTable
 
+from coordinator import store as store_module
 from coordinator.store import (
     CertificateRow,
     ContributionRow,
@@ -323,6 +326,13 @@ store.write_durably(Path(sys.argv[1]), b"new content")
         ends.add((done.returncode, content))
     assert (0, b"new content") in ends
     assert (-9, b"old") in ends
+
+
+def test_the_schema_is_one_that_postgresql_takes_too():
+    for table in store_module._metadata.sorted_tables:
+        text = str(CreateTable(table).compile(dialect=postgresql.dialect()))
+        assert "BYTEA" in text or table.name in ("meta", "tasks")
+        assert "BLOB" not in text
 
 
 def test_content_addresses_are_plain_sha256(store):
