@@ -202,7 +202,7 @@ def main(bundle: Path, folder: Path) -> None:
     )  # fmt: skip
     (folder / "policy.toml").write_text(policy)
     create_ledger(folder / "ledger", identity.public_key)
-    ssl.create_default_context()  # a device has one, with its trust store
+    ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # a device has one, with its fleet's CA and no other
     manifest, samples = world.manifest, np.arange(EXAMPLES)
     inputs = [np.zeros((EXAMPLES, *t.shape), dtype=t.dtype) for t in manifest.inputs]
     for array in inputs:

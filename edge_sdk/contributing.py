@@ -265,30 +265,40 @@ class Contributing:
         Raises PeerError if bundle, parameters and ticket do not fit together or the graph misbehaves; RoundAborted if
         it was stopped or the round closed; ParameterError on wrong examples. Nothing was sent then.
         """
-        from edge_sdk.training.onnx import OnnxTrainer  # 40 MB that a device without a round need not hold
-
         round_ = training.round
         check_fits(round_, bundle)
         shared = read_parameters(parameters, round_.ticket.parameters, bundle.manifest)
         mechanism = mechanism_of(round_)
+
+        def stop() -> bool:
+            return now() >= round_.ticket.closes_s or should_stop()
+
+        vector, metrics, local = self._run(round_.ticket, mechanism, bundle, shared, stop)
+        noisy = metrics if mechanism.metric_scale else None
+        integers = encode(mechanism, vector, noisy, round_.tid, self._entropy(32))
+        anchor = Anchor(*ledger.head)
+        sent = training.contribute(integers, device, anchor, self._entropy(32), encapsulate, now())
+        self._store.save_contribution(sent, local)
+        self.state = sent
+        return sent
+
+    def _run(
+        self, ticket: Ticket, mechanism: Mechanism, bundle: Bundle, shared: F32, stop: Callable[[], bool]
+    ) -> tuple[F64, MetricSums, dict[str, F32]]:
+        """Training, and the local parameters after it, flat. The trainer's memory is free before noise and mask ask for
+        theirs."""
+        from edge_sdk.training.onnx import OnnxTrainer  # 30 MB that a device without a round need not hold
+
         trainer = OnnxTrainer(bundle, self._threads)
         trainer.load_shared(shared)
         kept = self._store.local(self.task, bundle.hash)
         if kept:
             table = bundle.manifest.of_role("local")
             trainer.load_local({p.name: kept[p.name].reshape(p.shape) for p in table})
-
-        def stop() -> bool:
-            return now() >= round_.ticket.closes_s or should_stop()
-
-        vector, metrics = self._train(round_.ticket, mechanism, trainer, stop)
-        noisy = metrics if mechanism.metric_scale else None
-        integers = encode(mechanism, vector, noisy, round_.tid, self._entropy(32))
-        anchor = Anchor(*ledger.head)
-        sent = training.contribute(integers, device, anchor, self._entropy(32), encapsulate, now())
-        self._store.save_contribution(sent, {name: value.reshape(-1) for name, value in trainer.local().items()})
-        self.state = sent
-        return sent
+        vector, metrics = self._train(ticket, mechanism, trainer, stop)
+        # Unit "example" leaves local parameters as they are: there is nothing to keep.
+        local = trainer.local() if ticket.noise.unit == "device" else {}
+        return vector, metrics, {name: value.reshape(-1) for name, value in local.items()}
 
     def _train(
         self, ticket: Ticket, mechanism: Mechanism, trainer: Trainer, stop: Callable[[], bool]
@@ -304,7 +314,6 @@ class Contributing:
                 clip=noise.clip,
                 loss_bound=noise.loss_bound,
                 window=window_for(trainer.manifest.batch, noise.example_rate),
-                local_lr=work.learning_rate,
                 should_stop=stop,
             )
             sums = found.metrics

@@ -246,9 +246,9 @@ class World:
             "loss_bound": 5.0,
             "device_rate": 1.0, "example_rate": 0.5 if self.unit == "example" else 1.0,
         }  # fmt: skip
-        work = {"learning_rate": 0.1, "epochs": 0, "steps": 0, "proximal": 0.0, "weight_cap": 0}
+        work = {"learning_rate": 0.0, "epochs": 0, "steps": 0, "proximal": 0.0, "weight_cap": 0}
         if self.unit == "device":
-            work |= {"epochs": 2, "proximal": 0.5}
+            work |= {"learning_rate": 0.1, "epochs": 2, "proximal": 0.5}
         plan = NoisePlan(**{**noise, **self.noise})
         fields = {
             "version": 1, "epoch": self.epoch.id, "task": TASK, "round": number, "previous": self.previous,

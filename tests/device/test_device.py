@@ -167,7 +167,7 @@ class TestOneRound:
         assert (summary.lifetime.rounds_entered, summary.lifetime.rounds_sent) == (1, 0)
 
     def test_local_parameters_stay_here_and_carry_on(self, tmp_path):
-        world = World(tmp_path, work={"learning_rate": 0.5})
+        world = World(tmp_path, unit="device", work={"learning_rate": 0.5})
         path = world.directory()
         device = world.device(path)
         device.register(TASK, EXAMPLES)
