@@ -50,7 +50,8 @@ def create_ledger(path: Path, owner: bytes) -> None:
     if len(owner) != _OWNER_BYTES:
         raise ParameterError(f"a ledger's owner is a public key of {_OWNER_BYTES} bytes, not {len(owner)}")
     fresh = path.with_name(path.name + ".new")
-    with open(fresh, "wb") as file:
+    # Its owner's alone: it says which rounds this device took part in.
+    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
         file.write(_header(owner))
         file.flush()
         os.fsync(file.fileno())

@@ -458,10 +458,8 @@ class Loop:
     def _take_task(self, state: TaskState) -> bool:
         """Returns whether it was taken whole; else a blob is on its way."""
         epoch = self._p.store.epoch
-        if epoch is None:
-            return True
         ticket: Signed | None = None
-        if state.ticket is not None:
+        if state.ticket is not None and epoch is not None:
             content, ready = self._content(state.ticket, MAX_BODY_BYTES + 128)
             if not ready:
                 return False
@@ -473,7 +471,7 @@ class Loop:
             if not known:
                 self._guarded(self._serve, wrap(Ticket, ticket))
                 self._send_offers()
-        model = verify(Model, epoch.frozen.coordinator, decode(Signed, state.model))
+        model = verify(Model, self._p.coordinator, decode(Signed, state.model))
         if model.task not in self._p.tasks:
             return True
         self._models.want(model, state)

@@ -596,3 +596,8 @@ def test_a_device_that_loses_power_at_once_never_sends_what_it_did_not_charge(tm
     assert os.waitstatus_to_exitcode(status) == 9
     with open_ledger(path) as ledger:
         assert ledger.account.sends == {tid(0): contribution(0)}
+
+
+def test_a_ledger_is_its_owners_alone(tmp_path):
+    create_ledger(tmp_path / "ledger", OWNER)
+    assert (tmp_path / "ledger").stat().st_mode & 0o777 == 0o600
