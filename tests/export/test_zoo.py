@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -12,7 +9,6 @@ pytest.importorskip("onnx")
 
 from oracle import (  # noqa: E402
     Batch,
-    Runner,
     assert_device_step,
     assert_example_step,
     draw_batch,
@@ -20,38 +16,12 @@ from oracle import (  # noqa: E402
     onnx_of,
     run_onnx,
 )
+from zoo import MODELS, SIZE, ZOO, captured, spec_of  # noqa: E402
 
 from edge_sdk.onnx_graph import inspect  # noqa: E402
-from export.build import load_spec  # noqa: E402
-from export.graph import CapturedStep, TrainingSpec, capture  # noqa: E402
-
-MODELS = Path(__file__).parents[2] / "examples" / "models"
-ZOO = {
-    "logistic": ("logistic.py:build", 7_850),
-    "mlp": ("mlp.py:build", 101_770),
-    "lenet": ("lenet.py:build", 61_706),
-    "ds_cnn": ("ds_cnn.py:build", 47_052),
-    "mobilenet": ("mobilenet.py:build", 97_050),
-    "gru": ("gru.py:build", 87_041),
-    "transformer": ("transformer.py:build", 110_529),
-    "lora": ("transformer.py:build_lora", 8_192),
-    "scattering": ("scattering.py:build", 39_700),
-}
-SIZE = 4
+from export.graph import capture  # noqa: E402
 
 each_model = pytest.mark.parametrize("name", ZOO)
-
-
-def spec_of(name: str) -> TrainingSpec:
-    return load_spec(f"{MODELS}/{ZOO[name][0]}")
-
-
-@functools.cache
-def captured(name: str) -> tuple[TrainingSpec, CapturedStep, bytes, Runner]:
-    spec = spec_of(name)
-    step = capture(spec, "example", SIZE)
-    model = onnx_of(step)
-    return spec, step, model, run_onnx(model)
 
 
 @each_model
