@@ -66,12 +66,13 @@ class Process:
 
     def _listen(self, child: subprocess.Popen[str]) -> None:
         assert child.stdout is not None  # noqa: S101  # asked for above
-        for text in child.stdout:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue  # the last line of a process that was killed
-            self.said.put(Said(self.name, line))
+        with child.stdout:
+            for text in child.stdout:
+                try:
+                    line = json.loads(text)
+                except ValueError:
+                    continue  # the last line of a process that was killed
+                self.said.put(Said(self.name, line))
         self.said.put(Said(self.name, None))
 
 
