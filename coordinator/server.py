@@ -799,7 +799,10 @@ class Server:
                 return  # models follow each other: the round before is still being opened
             if (state.openable or final) and live.tried != (len(state.answers), final):
                 live.tried = (len(state.answers), final)
-                live.opening = self._worker.submit(self._open, live, state, final)
+                # Not what the store has: the round before may have ended in this very step, and is not written yet.
+                running = self._tasks.get(ticket.task)
+                base = running.model if running is not None else None
+                live.opening = self._worker.submit(self._open, live, state, base, final)
 
     def _seal(self, live: LiveRound, state: Collecting, now_s: float) -> None:
         result = aggregator.seal(state, self._identity, now_s)
@@ -864,13 +867,11 @@ class Server:
 
     # --- opening
 
-    def _open(self, live: LiveRound, state: Certified, final: bool) -> Opened:
-        """In the worker: nothing of the server is changed here but files by content hash."""
+    def _open(self, live: LiveRound, state: Certified, base: ModelRow | None, final: bool) -> Opened:
+        """In the worker: nothing of the server is changed here but files by content hash. base: the newest model."""
         result = aggregator.open_round(state, live.sums_of_sealed(state.groups), self._identity, final=final)
         if isinstance(result, Certified):
             return Opened(result, None, None, "")
-        with self._store.reading() as t:
-            base = t.newest_model(live.task.name)
         if base is None:
             return Opened(result, None, None, "the task has no model")
         parameters = np.frombuffer(self._store.blob(base.parameters), dtype="<f4").astype(np.float32)
