@@ -72,6 +72,19 @@ class _BoundedReader(StreamReaderAdapter):  # type: ignore[misc]
         return data
 
 
+class _Handshake(ssl.SSLObject):
+    """A handshake that says why it failed: asyncio drops the error, and with it who was refused for what."""
+
+    def do_handshake(self) -> None:
+        try:
+            super().do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):  # it goes on
+            raise
+        except ssl.SSLError as error:
+            log.warning("a client was refused in its TLS handshake: %s", error)
+            raise
+
+
 class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
     """amqtt's broker where it trusts what a CONNECT says: here the certificate decides, before anything is done."""
 
@@ -86,6 +99,7 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
         context.load_cert_chain(listener["certfile"], listener["keyfile"])
         context.load_verify_locations(listener["cafile"])
         context.verify_mode = ssl.CERT_REQUIRED
+        context.sslobject_class = _Handshake
         return context
 
     async def stream_connected(

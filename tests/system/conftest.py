@@ -12,10 +12,10 @@ def install(tmp_path):
     """Makes installations that end with the test."""
     made = []
 
-    def make(*init, where="fleet"):
+    def make(*init, where="fleet", **options):
         directory = tmp_path / where
         directory.mkdir(mode=0o700)
-        made.append(Installation(directory, *init))
+        made.append(Installation(directory, *init, **options))
         return made[-1]
 
     yield make

@@ -146,13 +146,13 @@ class Gate:
 class Installation:
     """One coordinator's directory, the devices beside it, and all their processes."""
 
-    def __init__(self, directory: Path, *init: str) -> None:
+    def __init__(self, directory: Path, *init: str, ports: tuple[int, int] | None = None) -> None:
         self.directory, self.home = directory, directory / "coordinator"
         self.journal = Journal()
         self.processes: dict[str, Process] = {}
         self.gates: list[Gate] = []
         self._amqtt: subprocess.Popen[bytes] | None = None
-        self.enrolment_port, self.broker_port = free_ports(2)
+        self.enrolment_port, self.broker_port = ports or free_ports(2)
         if "external" in init:
             init = (*init, "--broker-url", f"mqtts://127.0.0.1:{self.broker_port}")
         self.operator(
@@ -383,6 +383,11 @@ class Installation:
 
     def ledger(self, name: str) -> Line:
         return command(device_main, "ledger", "--dir", str(self.directory / name))[0]
+
+
+def everyone(it: Installation) -> set[bytes]:
+    """The keys of the devices that `populate` made."""
+    return {it.key(f"device{number}") for number in range(DEVICES)}
 
 
 def command(main: Callable[[list[str]], int], *words: str, code: int = 0) -> list[Line]:

@@ -8,16 +8,12 @@ import random
 import signal
 import time
 
-from installation import DEVICES, PUBLISHER, children
+from installation import DEVICES, PUBLISHER, children, everyone
 
 from edge_sdk.bundle import Bundle
 
 ROUNDS_OF_KILLS = 3
 HELPERS = 5
-
-
-def everyone(it):
-    return {it.key(f"device{number}") for number in range(DEVICES)}
 
 
 def test_a_task_runs_to_its_end_and_the_model_is_what_the_opened_sums_say(install, broker):
