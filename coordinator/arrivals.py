@@ -18,6 +18,10 @@ from edge_sdk.transport.wire import CHUNK_BYTES, BlobRef, Chunk, Pull
 STALL_S = 30.0
 """A grant that brought nothing for so long goes to whoever waits."""
 
+SLOWEST_BYTES_S = 8 << 10
+"""A grant that brings less on average goes to whoever waits, too: a chunk now and then must not hold memory for
+hours."""
+
 _LEFT_S = float("-inf")
 """In place of when it last sent something, for a device that went away."""
 
@@ -30,8 +34,8 @@ class Unproved(Download):
     """Takes chunks at their word. For uploads, which are held whole against a signed header anyway: their proofs are
     only looked at if that fails, which halves what there is to hash."""
 
-    def __init__(self, ref: BlobRef) -> None:
-        super().__init__(ref)
+    def __init__(self, ref: BlobRef, buffer: bytearray | None = None) -> None:
+        super().__init__(ref, buffer=buffer)
         self._proofs: dict[int, list[bytes]] = {}
 
     def _check(self, chunk: Chunk) -> None:
@@ -70,6 +74,7 @@ class Arrival:
     download: Download | None = field(default=None, repr=False)
     """None while it waits."""
     last_s: float = 0.0
+    granted_s: float = 0.0
     damaged: int = 0
     """How often `recheck` found something."""
 
@@ -95,6 +100,14 @@ class Arrivals:
         self._granted: dict[Key, Arrival] = {}
         self._waiting: OrderedDict[Key, Arrival] = OrderedDict()
         self._of_device: Counter[str] = Counter()
+        # What `pulls` looks at. It is called between frames: to look at hundreds of grants each time is not cheap.
+        self._touched: dict[Key, None] = {}
+        self._due_s = float("inf")
+        """No other grant has something to ask for before."""
+        self._look_s = float("-inf")
+        """When the grants are looked through for stalled ones."""
+        self._spare: list[bytearray] = []
+        """Buffers of uploads that ended, of one size: new memory for each would be a hundred page faults."""
 
     def __len__(self) -> int:
         return len(self._granted) + len(self._waiting)
@@ -110,19 +123,24 @@ class Arrivals:
         """A device offers a blob. Asking again changes nothing, but for one that had left: it goes on where it was.
 
         limit: blobs that one device may have on their way.
-        Raises PeerError on more than that, or a blob that no grant can hold.
+        Raises PeerError on more than that, on a second one for a round, or a blob that no grant can hold.
         """
         key = (device, ref.id)
         granted = self._granted.get(key)
         if granted is not None and granted.download is not None and granted.last_s == _LEFT_S:
             granted.last_s = now_s
             granted.download.ask_again()
+            self._touched[key] = None
         if key in self._granted or key in self._waiting:
             return
         if ref.size > self.memory_bytes:
             raise PeerError(f"a blob of {ref.size} bytes is more than the {self.memory_bytes} that uploads may take")
         if self._of_device[device] >= limit:
             raise PeerError(f"more than {limit} blobs of this device are on their way already")
+        if tid is not None and self._of_device[device]:
+            for (other, _), arrival in (*self._granted.items(), *self._waiting.items()):
+                if other == device and arrival.tid == tid:
+                    raise PeerError("another upload of this device for the same round is on its way")
         self._waiting[key] = Arrival(device, ref, header, tid, last_s=now_s)
         self._of_device[device] += 1
 
@@ -138,14 +156,35 @@ class Arrivals:
                 break  # in order: a large one is not overtaken for ever by small ones
             del self._waiting[key]
             self._free -= arrival.ref.size
-            arrival.download = Download(arrival.ref) if arrival.header is None else Unproved(arrival.ref)
-            arrival.last_s = now_s
+            arrival.download = self._download(arrival)
+            arrival.last_s = arrival.granted_s = now_s
             self._granted[key] = arrival
-        for arrival in self._granted.values():
-            if arrival.download is not None and arrival.last_s != _LEFT_S and arrival.download.due_s <= now_s:
-                pull = arrival.download.pull(now_s)
-                if pull is not None:
-                    yield arrival.device, pull
+            self._touched[key] = None
+        if now_s >= self._due_s:
+            self._touched, self._due_s = dict.fromkeys(self._granted), float("inf")
+        while self._touched:
+            key = next(iter(self._touched))
+            del self._touched[key]
+            touched = self._granted.get(key)
+            if touched is None or touched.download is None or touched.last_s == _LEFT_S:
+                continue
+            pull = touched.download.pull(now_s)
+            self._due_s = min(self._due_s, touched.download.due_s)
+            if pull is not None:
+                yield touched.device, pull
+
+    def _download(self, arrival: Arrival) -> Download:
+        """Its memory was set aside; where it can be, it is that of an upload before."""
+        if arrival.header is None:
+            made = Download(arrival.ref)
+        elif self._spare and len(self._spare[-1]) == arrival.ref.size:
+            made = Unproved(arrival.ref, self._spare.pop())
+        else:
+            self._spare.clear()
+            made = Unproved(arrival.ref)
+        while self._spare and len(self._spare) * len(self._spare[-1]) > self._free:
+            self._spare.pop()
+        return made
 
     def add(self, device: str, chunk: Chunk, now_s: float) -> Arrival | None:
         """Take a chunk. Returns the arrival when it is complete; it stays granted until `end`.
@@ -157,6 +196,7 @@ class Arrivals:
             raise PeerError("chunk: of a blob that it was not asked for")
         if arrival.download.add(chunk, now_s):
             arrival.last_s = now_s
+            self._touched[device, chunk.blob] = None
         return arrival if arrival.download.complete else None
 
     def end(self, device: str, blob: bytes) -> None:
@@ -165,6 +205,10 @@ class Arrivals:
         granted = self._granted.pop((device, blob), None)
         if granted is not None:
             self._free += granted.ref.size
+            if isinstance(granted.download, Unproved):
+                if self._spare and len(self._spare[-1]) != granted.ref.size:
+                    self._spare.clear()
+                self._spare.append(granted.download.buffer)
             granted.download = None
         if waiting is not None or granted is not None:
             self._of_device[device] -= 1
@@ -180,12 +224,14 @@ class Arrivals:
         for key, arrival in self._granted.items():
             if key[0] == device:
                 arrival.last_s = _LEFT_S
+                self._look_s = _LEFT_S
 
     def end_round(self, tid: bytes) -> None:
         """Nothing of this round is taken any more."""
         both = {**self._granted, **self._waiting}
         for key in [key for key, arrival in both.items() if arrival.tid == tid]:
             self.end(*key)
+        self._spare.clear()
 
     @property
     def due_s(self) -> float:
@@ -197,12 +243,18 @@ class Arrivals:
         return min(times, default=float("inf"))
 
     def _free_stalled(self, now_s: float) -> None:
-        if not self._waiting:
+        if not self._waiting or now_s < self._look_s:
             return
+        self._look_s = now_s + self._stall_s / 30
         for key, arrival in list(self._granted.items()):
-            if now_s - arrival.last_s >= self._stall_s:
+            if now_s - arrival.last_s >= self._stall_s or self._drips(arrival, now_s):
                 self.end(*key)
                 if arrival.last_s != _LEFT_S:
                     arrival.last_s = now_s
                     self._waiting[key] = arrival  # behind the others
                     self._of_device[arrival.device] += 1
+
+    def _drips(self, arrival: Arrival, now_s: float) -> bool:
+        age_s = now_s - arrival.granted_s
+        came = arrival.download.received_bytes if arrival.download is not None else 0
+        return age_s >= self._stall_s and came < age_s * SLOWEST_BYTES_S

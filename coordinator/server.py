@@ -208,7 +208,7 @@ class Server:
         self._effects: list[Effect] = []
         self._after: list[Callable[[], None]] = []
         """What follows once the rows are written, before the answers leave."""
-        self._new: dict[bytes, list[ContributionRow]] = {}
+        self._new: dict[bytes, tuple[LiveRound, list[ContributionRow]]] = {}
         self._devices: dict[str, DeviceRow] = {}
         self._present: dict[str, _Present] = {}
         self._seen: set[str] = set()
@@ -310,8 +310,7 @@ class Server:
                 self._devices[device] = self._devices[device]._replace(last_seen_s=now_s)
             self._seen.clear()
             effects.append(lambda t: t.seen(keys, now_s))
-        for tid, contributions in new.items():
-            live = self._live[tid]
+        for tid, (live, contributions) in new.items():  # a round may have ended since it took them
             live.vectors.sync()
             self._passed("vectors synced")
             effects.insert(0, _adding(tid, contributions))
@@ -588,7 +587,8 @@ class Server:
                     continue
                 check_prekey(prekey_public(offer))
                 fresh[offer.serial] = (data, offer.expires_s)
-        self._effects.append(lambda t: _keep_prekeys(t, key, fresh))
+        if fresh:
+            self._effects.append(lambda t: _keep_prekeys(t, key, fresh, now_s))
 
     # --- uploads
 
@@ -608,6 +608,12 @@ class Server:
         if live is not None and frame.blob.size != live.upload_bytes:
             self._answer(device, Refusal(digest, "the upload has not the ticket's size", final=True))
             raise PeerError(f"upload: {frame.blob.size} bytes instead of {live.upload_bytes}")
+        if live is not None and not self._arrivals.holds(device, frame.blob.id):
+            try:
+                live.round.check_header(frame.header)  # memory is for those who may contribute
+            except PeerError as error:
+                self._answer(device, Refusal(digest, str(error)[:512], final=True))
+                raise
         self._arrivals.ask(device, frame.blob, frame.header, header.tid, now_s)
 
     def _receipt_again(self, device: str, header: Header, digest: bytes, live: LiveRound | None) -> bool:
@@ -685,7 +691,7 @@ class Server:
         live.state = accepted.state
         row = live.take(header.sender, live.state.entries[header.sender], view, accepted.shares)
         self._passed("vector written")
-        self._new.setdefault(live.tid, []).append(row)
+        self._new.setdefault(live.tid, (live, []))[1].append(row)
         self._seen.add(device)
         running = self._tasks.get(live.task.name)
         if running is not None:
@@ -708,6 +714,8 @@ class Server:
         if isinstance(frame.content, BlobRef):
             if frame.content.size > MAX_LETTER_BYTES:
                 raise PeerError(f"letter: {frame.content.size} bytes, {MAX_LETTER_BYTES} at most")
+            if not any(post.device == device for live in self._live.values() for post in live.posts.values()):
+                raise PeerError("letter: of a device that serves in no round")
             self._arrivals.ask(device, frame.content, None, None, now_s)
             return
         self._on_member_message(device, frame.content, now_s)
@@ -985,6 +993,11 @@ class Server:
             number=row.next_round, previous=last.tid if last is not None else FIRST, offers=offers, now_s=now_s,
         )  # fmt: skip
         round_ = sign_ticket(self._identity, fleet.epoch, ticket)
+        if slot_bytes(round_) > self._arrivals.memory_bytes:
+            return (
+                f"an upload has {slot_bytes(round_)} bytes, and uploads may take {self._arrivals.memory_bytes}: raise "
+                "[limits] upload_memory_mb in coordinator.toml"
+            )
         round_row = RoundRow(
             round_.tid, task.name, ticket.round, fleet.row.number, messages.encode(round_.signed),
             running.model.number, "COLLECT", now_s, None, None, None, None, None, "",
@@ -1070,7 +1083,8 @@ def _checkpointing(tid: bytes, slots: int, name: bytes) -> Effect:
     return lambda t: t.set_checkpoint(tid, slots, name)
 
 
-def _keep_prekeys(t: Transaction, member: bytes, fresh: dict[int, tuple[bytes, int]]) -> None:
+def _keep_prekeys(t: Transaction, member: bytes, fresh: dict[int, tuple[bytes, int]], now_s: float) -> None:
+    t.forget_prekeys(now_s)  # else offers of short lives would fill the disk: only living ones are counted
     for serial, (offer, expires_s) in fresh.items():
         if t.prekey(member, serial) is None:
             t.add_prekey(member, serial, offer, expires_s)
