@@ -31,7 +31,7 @@ from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion, LogLevel, MQTTErrorCode
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
@@ -52,6 +52,12 @@ FLUSH_S = 2.0
 """Seconds that `close` gives to what is still on its way out."""
 BATCH = 256
 """Frames that the hub gives at once."""
+READ_BYTES = 128 << 10
+"""What is read at once: some records of TLS, which have 16 KiB each."""
+WRITE_BYTES = 4 << 10
+"""What is not longer than this waits for others that are written in the same pass."""
+PACKETS_AT_ONCE = 64
+"""Packets between two looks at everything else."""
 FRAME_OVERHEAD_BYTES = 256
 """What a queued frame takes besides its bytes, about: a flood of empty frames is bounded too."""
 
@@ -89,14 +95,90 @@ class Credentials:
         return context
 
 
+class _Stream(ssl.SSLSocket):
+    """A non-blocking TLS socket that reads what is there at once, and writes what is short together.
+
+    paho reads a packet's head byte by byte and its body record by record, and writes each acknowledgement by itself:
+    for a coordinator that was half of what an upload cost on this link. `flush` writes what waits; `close` too, if it
+    can be written at once.
+    """
+
+    # Not in __init__: SSLContext makes the object without calling it.
+    _buffer: memoryview | None = None
+    _begin = 0
+    _end = 0
+    _failed: OSError | None = None
+    _unwritten: bytearray | None = None
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        """Up to `buflen` bytes, none at the end. They are a view that is good until the next call: paho copies it."""
+        if self._begin == self._end:
+            self._fill()
+        begin, self._begin = self._begin, min(self._begin + buflen, self._end)
+        return self._buffer[begin : self._begin]  # type: ignore[index, return-value]
+
+    def _fill(self) -> None:
+        if self._failed is not None:
+            raise self._failed
+        if self._buffer is None:
+            self._buffer = memoryview(bytearray(READ_BYTES))
+        self._begin = self._end = 0
+        self._end = got = self.recv_into(self._buffer)
+        while got and self._end < READ_BYTES:
+            try:
+                got = self.recv_into(self._buffer[self._end :])
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                return
+            except OSError as error:
+                self._failed = error  # said once what came before it was read: it may be the broker's last word
+                return
+            self._end += got
+
+    def pending(self) -> int:
+        return self._end - self._begin + super().pending()
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        if self._unwritten is None:
+            self._unwritten = bytearray()
+        if len(data) > WRITE_BYTES or len(self._unwritten) > WRITE_BYTES:
+            self.flush()
+            if len(data) > WRITE_BYTES:
+                return super().send(data)
+        self._unwritten += data
+        return len(data)
+
+    def flush(self) -> None:
+        """Raises SSLWantWriteError or SSLWantReadError if the socket takes no more now, OSError if it is broken."""
+        while self._unwritten:
+            sent = super().send(self._unwritten)
+            del self._unwritten[:sent]
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.flush()
+        super().close()
+
+
 class _Context(ssl.SSLContext):
     """Remembers its last socket: paho leaves that of a failed handshake to the garbage collector."""
 
+    sslsocket_class = _Stream
     last: ssl.SSLSocket | None = None
 
     def wrap_socket(self, *args: Any, **kwargs: Any) -> ssl.SSLSocket:
         self.last = super().wrap_socket(*args, **kwargs)
         return self.last
+
+
+class _PahoErrors(logging.Handler):
+    """What paho logs as errors. Its on_log callback would format each of several lines that it has for a packet."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._tell(record.getMessage())
 
 
 def _no_password() -> str:
@@ -194,6 +276,9 @@ class _Link(Generic[T]):
         self._up_since_s = math.inf
         self._overdue = False
 
+        self._paho_log = logging.Logger("paho", logging.ERROR)
+        self._paho_log.addHandler(_PahoErrors(self._on_error))
+
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
@@ -213,9 +298,11 @@ class _Link(Generic[T]):
             if not self._is_up or len(frame) > MAX_FRAME_BYTES or self._unsent_bytes + cost > self._queue_bytes:
                 self._dropped += 1
                 return
+            idle = not self._outbox  # else it was woken, or waits for the broker
             self._outbox.append((topic, bytes(frame)))
             self._unsent_bytes += cost
-        self._wake()
+        if idle:
+            self._wake()
 
     def receive(self, timeout_s: float, most: int) -> list[T | Connected | Lost]:
         with self._lock:
@@ -330,7 +417,7 @@ class _Link(Generic[T]):
         client.on_subscribe = self._on_subscribe
         client.on_message = self._on_message
         client.on_publish = self._on_publish
-        client.on_log = self._on_log
+        client.enable_logger(self._paho_log)
         return client
 
     def _carry(self, client: paho.Client) -> None:
@@ -359,7 +446,12 @@ class _Link(Generic[T]):
                 paused_since_s = now_s
             self._overdue = paused_since_s is not None and now_s - paused_since_s >= self._keepalive_s / 2
             reading = select.POLLIN if paused_since_s is None or self._overdue else 0
-            writing = select.POLLOUT if client.want_write() else 0
+            try:
+                writing = select.POLLOUT if not _is_flushed(sock) or client.want_write() else 0
+            except OSError as error:
+                self._last_error = f"failed to write: {error}"
+                self._note(client.loop_read())  # the broker may have said why
+                return
             fd = sock.fileno()
             poll.register(fd, reading | writing)
             # TLS may hold bytes that the socket no longer has.
@@ -374,11 +466,18 @@ class _Link(Generic[T]):
                     self._wake_in.recv(4096)
             events = ready.get(fd, 0)
             if waiting or events & (select.POLLIN | select.POLLHUP | select.POLLERR | select.POLLNVAL):
-                self._note(client.loop_read())
+                self._read(client, sock)
             if events & select.POLLOUT:
                 self._note(client.loop_write())
             self._publish(client)
             self._note(client.loop_misc())
+
+    def _read(self, client: paho.Client, sock: Any) -> None:
+        """What came, as far as there is room for it."""
+        for _ in range(PACKETS_AT_ONCE):
+            self._note(client.loop_read())
+            if client.socket() is not sock or _buffered_bytes(sock) == 0 or self._is_full():
+                return
 
     def _note(self, result: MQTTErrorCode) -> None:
         """Keep what paho says of the connection's end; what it logged before that says more."""
@@ -496,11 +595,10 @@ class _Link(Generic[T]):
         with self._lock:
             self._unsent_bytes = max(0, self._unsent_bytes - cost)
 
-    def _on_log(self, _client: paho.Client, _data: Any, level: int, text: str) -> None:
-        if level == LogLevel.MQTT_LOG_ERR:
-            self._last_error = text
-            if _sounds_like_refusal(text):
-                self._refusal = text
+    def _on_error(self, text: str) -> None:
+        self._last_error = text
+        if _sounds_like_refusal(text):
+            self._refusal = text
 
 
 class MqttTransport:
@@ -662,6 +760,19 @@ def _buffered_bytes(sock: Any) -> int:
     """Bytes that TLS has decrypted and nobody has read: poll does not know of them."""
     pending = getattr(sock, "pending", None)
     return 0 if pending is None else int(pending())
+
+
+def _is_flushed(sock: Any) -> bool:
+    """Whether nothing waits to be written. Raises OSError if nothing can be written any more."""
+    flush = getattr(sock, "flush", None)
+    if flush is not None:
+        try:
+            flush()
+        except ssl.SSLWantWriteError:
+            return False
+        except ssl.SSLWantReadError:
+            pass  # once something was read it goes on
+    return True
 
 
 def _is_refusal(error: Exception) -> bool:
