@@ -54,6 +54,9 @@ CONNECTION_S = 15.0
 
 MAX_TAGS = 16
 
+MAX_CERTIFICATES_A_DAY = 8
+"""Of one device. It may ask with a new key each time, and each certificate takes room, and time while others wait."""
+
 
 @dataclass(frozen=True)
 class Pins:
@@ -171,6 +174,9 @@ class Desk:
             fresh = row.revoked_s is None and now_s < end - (end - start) * RENEW_SHARE
             if fresh and certificate.public_key() == csr.public_key() and self._ca.issued(certificate):
                 return self._admission(row.certificate)
+        recent = sum(row.issued_s > now_s - 86_400 for row in rows.certificates(device))
+        if recent >= MAX_CERTIFICATES_A_DAY:
+            raise Refused("busy", f"device {device.hex()[:16]} got {recent} certificates within a day")
         issued = self._ca.issue_device(csr, device.hex(), now_s, self._days)
         rows.add_certificate(CertificateRow(f"{issued.serial:x}", device, issued.pem, now_s, issued.not_after_s, None))
         return self._admission(issued.pem)

@@ -532,3 +532,25 @@ def test_requests_from_many_at_once_all_get_their_own_certificate(fleet, tmp_pat
 def test_a_listening_address_that_is_taken_is_named(fleet, tmp_path):
     with pytest.raises(ParameterError, match=f"cannot listen on 127.0.0.1:{fleet.service.port}"):
         EnrolmentService("127.0.0.1", fleet.service.port, fleet.directory, fleet.decide)
+
+
+def test_a_device_that_asks_for_certificates_gets_a_few_certificates_a_day(fleet, tmp_path):
+    join(tmp_path / "device", fleet.invite())
+    identity = Identity((tmp_path / "device" / "identity.key").read_bytes())
+    refused = []
+    for number in range(3 * service_module.MAX_CERTIFICATES_A_DAY):
+        csr = enrolment._csr(identity, enrolment.tls_key(bytes([number]) * 48))
+        request = enrolment.RenewRequest(
+            version=1,
+            identity=identity.public_key,
+            csr=csr,
+            signature=identity.sign("renew", enrolment.frame("renew", csr)),
+        )
+        try:
+            fleet.desk.renew(request, fleet.now)
+        except Refused as error:
+            refused.append(error.code)
+    assert len(fleet.certificates) == service_module.MAX_CERTIFICATES_A_DAY
+    assert set(refused) == {"busy"}
+    fleet.now += 86_400
+    renew(tmp_path / "device")  # its own key, a day later
