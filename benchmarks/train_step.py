@@ -38,7 +38,7 @@ from torch.func import functional_call, grad, vmap
 from export.build import load_spec
 from export.graph import CapturedStep, TrainingSpec, Unit, capture
 from export.losses import Loss, resolve_loss
-from export.to_onnx import to_onnx
+from export.to_onnx import train_to_onnx
 
 MODELS = Path(__file__).parents[1] / "examples" / "models"
 ZOO = {
@@ -152,7 +152,7 @@ def on_onnxruntime(case: Case) -> tuple[Run, dict[str, Tensor]]:
     step = case.step
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    model = to_onnx(step.train, step.train_example, step.train_inputs, step.train_outputs)
+    model = train_to_onnx(step)
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     kept = []

@@ -29,7 +29,7 @@ from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError
 from export.graph import CapturedStep, TrainingSpec, Unit, capture
 from export.losses import resolve_loss
-from export.to_onnx import to_onnx
+from export.to_onnx import to_onnx, train_to_onnx
 
 BackEnd = Literal["onnx", "executorch"]
 BACK_ENDS: tuple[BackEnd, ...] = ("onnx", "executorch")
@@ -108,7 +108,7 @@ def build(
     step = capture(spec, unit, batch, proximal)
     progress("onnx")
     graphs = {
-        TRAIN_ONNX: to_onnx(step.train, step.train_example, step.train_inputs, step.train_outputs),
+        TRAIN_ONNX: train_to_onnx(step),
         PREDICT_ONNX: to_onnx(step.predict, step.predict_example, step.predict_inputs, ["output"]),
     }
     tools = {"python": platform.python_version(), **{name: _public(name) for name in ("torch", "onnx", "onnxscript")}}

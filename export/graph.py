@@ -102,6 +102,9 @@ class CapturedStep:
     train_inputs: tuple[str, ...]
     train_outputs: tuple[str, ...]
     train_example: tuple[Tensor, ...] = field(repr=False)
+    recorder: Recorder = field(repr=False)
+    """The forward pass that was captured."""
+    loss: Loss
     predict_inputs: tuple[str, ...] = ()
     predict_example: tuple[Tensor, ...] = field(repr=False, default=())
     report: tuple[LayerReport, ...] = ()
@@ -274,6 +277,8 @@ class _Builder:
             (*names, *input_names, "y", "mask", *extra_names),
             tuple(output_names),
             example,
+            self.recorder,
+            self.loss,
             (*names, *input_names),
             predict_example,
             tuple(dict.fromkeys(report)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx
@@ -17,7 +17,10 @@ from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules import common
 from torch import Tensor, fx
 
-from export.errors import UnsupportedModelError
+from export.errors import NoOnnxFormError, UnsupportedModelError
+from export.graph import CapturedStep
+from export.losses import LOSSES
+from export.origin import Lacking, lacking_layers, lacking_loss
 
 OPSET = 20
 """Served by ONNX Runtime 1.17 and later, which Debian and Raspberry Pi OS ship."""
@@ -30,6 +33,52 @@ def to_onnx(
 
     The same graph gives the same bytes: what names files, lines or times is removed.
     """
+    converted = _convert(graph, example, input_names, output_names)
+    _optimise(converted.model)
+    model: onnx.ModelProto = converted.model_proto
+    _strip(model)
+    _keep_inputs(model, example, input_names)
+    onnx.checker.check_model(model, full_check=True)
+    return model.SerializeToString(deterministic=True)
+
+
+def train_to_onnx(step: CapturedStep) -> bytes:
+    """`step.train` as `to_onnx` makes it.
+
+    Raises UnsupportedModelError that names the layer, or the loss, whose operator or gradient has no ONNX form.
+    """
+    try:
+        return to_onnx(step.train, step.train_example, step.train_inputs, step.train_outputs)
+    except NoOnnxFormError as error:
+        raise UnsupportedModelError("; ".join(_blame(step)) or str(error)) from error
+
+
+def _blame(step: CapturedStep) -> Iterator[str]:
+    for layer, lacking in lacking_layers(step.recorder, _try).items():
+        remedy = ", or freeze all layers before it, so that no gradient has to pass" if lacking.in_gradient else ""
+        yield f"{layer}: {_needs(lacking)}. Write the layer in simpler operators{remedy}"
+    label = step.train_example[step.train_inputs.index("y")]
+    of_loss = lacking_loss(step.loss, step.recorder.output_like, label, _try)
+    if of_loss is not None:
+        yield (
+            f"the loss ({step.loss.name}): {_needs(of_loss)}. Write it in simpler operators (products, sums, exp, log, "
+            f"clamp, torch.where), or use {', '.join(LOSSES)}"
+        )
+
+
+def _needs(lacking: Lacking) -> str:
+    return f"{'its gradient' if lacking.in_gradient else 'it'} needs {lacking.operators}, which has no ONNX form"
+
+
+def _try(graph: fx.GraphModule, example: Sequence[Tensor]) -> None:
+    """Raises NoOnnxFormError where `to_onnx` would."""
+    outputs: Any = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+    _convert(graph, example, [f"in_{i}" for i in range(len(example))], [f"out_{i}" for i in range(len(outputs))])
+
+
+def _convert(
+    graph: fx.GraphModule, example: Sequence[Tensor], input_names: Sequence[str], output_names: Sequence[str]
+) -> Any:
     program = torch.export.export(graph, tuple(example))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -37,7 +86,7 @@ def to_onnx(
         level = logger.level
         logger.setLevel(logging.ERROR)
         try:
-            converted: Any = torch.onnx.export(
+            return torch.onnx.export(
                 program,
                 (),
                 dynamo=True,
@@ -48,15 +97,9 @@ def to_onnx(
                 output_names=list(output_names),
             )
         except torch.onnx.OnnxExporterError as error:
-            raise UnsupportedModelError(_without_a_form(error)) from error
+            raise NoOnnxFormError(_operators(error)) from error
         finally:
             logger.setLevel(level)
-    _optimise(converted.model)
-    model: onnx.ModelProto = converted.model_proto
-    _strip(model)
-    _keep_inputs(model, example, input_names)
-    onnx.checker.check_model(model, full_check=True)
-    return model.SerializeToString(deterministic=True)
 
 
 _RULES = (
@@ -112,7 +155,7 @@ class _Fold(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, bool(folded.modified))
 
 
-def _without_a_form(error: BaseException) -> str:
+def _operators(error: BaseException) -> str:
     """Names the operators that stopped the exporter, from the chain of its errors."""
     chain: list[str] = []
     cause: BaseException | None = error
@@ -120,11 +163,7 @@ def _without_a_form(error: BaseException) -> str:
         chain.append(str(cause))
         cause = cause.__cause__
     names = sorted(set(re.findall(r"OpOverload\(op='([^']+)'", "\n".join(chain))))
-    what = ", ".join(names) or chain[-1].strip().splitlines()[0]
-    return (
-        f"the training step needs {what}, which has no ONNX form. An operator that ends in _backward belongs to the "
-        "layer of that name: freeze what comes before the layer, or write it in simpler operators."
-    )
+    return ", ".join(names) or chain[-1].strip().splitlines()[0]
 
 
 def _strip(model: onnx.ModelProto) -> None:

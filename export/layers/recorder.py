@@ -112,6 +112,14 @@ class Recorder:
         self._tapped: list[fx.Node] = []
         """The parameters, or views of them, that the rule for the current node has accounted for."""
 
+    @property
+    def output_like(self) -> Tensor:
+        """A tensor of the output's shape and type, without values."""
+        (output,) = (node for node in self.graph.nodes if node.op == "output")
+        first: Any = output.args[0][0]
+        value: Tensor = first.meta["val"]
+        return value
+
     def run(self, values: Mapping[str, Tensor]) -> Recording:
         """values: placeholder name -> tensor."""
         recording = self._recording = Recording()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from export.graph import CapturedStep, TrainingSpec, Unit, capture
-from export.to_onnx import to_onnx
+from export.to_onnx import train_to_onnx
 
 TOLERANCE = 1e-5
 """Of each tensor's norm."""
@@ -157,7 +157,7 @@ def run_fx(step: CapturedStep) -> Runner:
 
 
 def onnx_of(step: CapturedStep) -> bytes:
-    return to_onnx(step.train, step.train_example, step.train_inputs, step.train_outputs)
+    return train_to_onnx(step)
 
 
 def run_onnx(model: bytes) -> Runner:

@@ -435,11 +435,67 @@ def test_a_recurrent_projection() -> None:
     assert "lstm (LSTM)" in refusal(Projected(), torch.zeros(4, 6))
 
 
-def test_an_operator_that_onnx_lacks_is_named() -> None:
-    model = nn.Sequential(nn.Linear(5, 5), Model(lambda x: torch.lgamma(x.sigmoid())))
-    step = capture(TrainingSpec(model, "cross_entropy", [VECTOR], CLASS), "example", 4)
-    with pytest.raises(UnsupportedModelError, match=r"prims\.lgamma.*no ONNX form"):
+class Warp(nn.Module):
+    """An image looked up at places that are a function of it. The forward pass has an ONNX form."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.grid_sample(x, x.permute(0, 2, 3, 1).tanh(), align_corners=False)
+
+
+class GammaWeight(nn.Module):
+    """A weight that is computed by an operator without an ONNX form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.lgamma(self.scale)
+
+
+def without_a_form(model: nn.Module, x: Tensor = VECTOR, loss: Any = "cross_entropy", **roles: Any) -> str:
+    step = capture(TrainingSpec(model, loss, [x], CLASS, **roles), "example", 4)
+    with pytest.raises(UnsupportedModelError) as caught:
         onnx_of(step)
+    return str(caught.value)
+
+
+def test_an_operator_that_onnx_lacks_is_named_with_its_layer_and_a_remedy() -> None:
+    inner = nn.Sequential(nn.Tanh(), Model(lambda x: torch.lgamma(x.exp())))
+    message = without_a_form(nn.Sequential(nn.Linear(5, 5), inner))
+    assert message == "1.1 (Model): it needs prims.lgamma, which has no ONNX form. Write the layer in simpler operators"
+    message = without_a_form(nn.Sequential(nn.Linear(5, 5), GammaWeight()))
+    assert message.startswith("1 (GammaWeight): it needs prims.lgamma, ")
+    assert message.count("ONNX") == 1
+
+
+def test_an_operator_whose_gradient_onnx_lacks_is_named_with_its_layer_and_a_remedy() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), Warp(), nn.Flatten(), nn.Linear(72, 3))
+    message = without_a_form(model, IMAGE)
+    assert message.startswith("1 (Warp): its gradient needs aten.grid_sampler_2d_backward, which has no ONNX form. ")
+    assert "freeze all layers before it" in message
+    assert message.count("ONNX") == 1
+    check(TrainingSpec(model, "cross_entropy", [IMAGE], CLASS, frozen=("0",)), onnx=True)
+
+
+def gamma_loss(output: Tensor, y: Tensor) -> Tensor:
+    return torch.lgamma(1 + output.exp()).sum(1) + own(output, y)
+
+
+def margin_loss(output: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.multi_margin_loss(output, y, reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("loss", "needs"),
+    [(gamma_loss, "it needs prims.lgamma"), (margin_loss, "its gradient needs aten.multi_margin_loss_backward")],
+)
+def test_a_loss_that_onnx_lacks_is_named_with_a_remedy(loss: Callable[[Tensor, Tensor], Tensor], needs: str) -> None:
+    message = without_a_form(nn.Linear(5, 3), loss=loss)
+    assert message.startswith(f"the loss ({loss.__name__}): {needs}, which has no ONNX form. ")
+    assert "cross_entropy, binary_cross_entropy, mse" in message
+    assert message.count("ONNX") == 1
 
 
 def test_an_empty_batch_size() -> None:
