@@ -50,7 +50,8 @@ class Fetches:
         self._check(ref, self._max_file_bytes)
         download = self._files.get(ref.id)
         if download is None:
-            if shutil.disk_usage(self._directory).free < ref.size + SPARE_DISK_BYTES:
+            to_come = sum(other.ref.size - other.received_bytes for other in self._files.values())
+            if shutil.disk_usage(self._directory).free < to_come + ref.size + SPARE_DISK_BYTES:
                 raise OSError(errno.ENOSPC, f"no room for a download of {ref.size} bytes")
             download = FileDownload(ref, self.path_of(ref), retry_s=self._retry_s())
             self._files[ref.id] = download
