@@ -99,12 +99,15 @@ class Models:
             if here is not None:
                 del self._wanted[task]
                 self.here[task] = here
-                held = Held(wanted.signed, here.bundle.name, here.parameters.name)
-                if self._store.model(task) != held:
+                held, before = Held(wanted.signed, here.bundle.name, here.parameters.name), self._store.model(task)
+                if before is not None and _round_of(before) > wanted.model.round:
+                    continue  # for a round that started from it, or a repetition: `predict` keeps the newer one
+                if before != held:
                     self._store.save_model(task, held)
                 self._emit(events.Updated(task, wanted.model.round))
         refs = [ref for wanted in self._wanted.values() for ref in (wanted.bundle, wanted.parameters)]
         names = [name for held in self._store.models().values() for name in (held.bundle, held.parameters)]
+        names += [path.name for here in self.here.values() for path in (here.bundle, here.parameters)]
         self._fetches.keep([ref.id for ref in refs], names)
         return refused
 
@@ -132,6 +135,10 @@ class Models:
             manifest = found.manifest
         read_parameters(parameters.read_bytes(), wanted.model.parameters, manifest)
         return Here(wanted.model, bundle, parameters, manifest)
+
+
+def _round_of(held: Held) -> int:
+    return decode(Model, decode(Signed, held.model).body).round  # verified when it came
 
 
 class Predictor:
