@@ -240,6 +240,11 @@ class Contributing:
             terms = replace(terms, dimension=dimension_of(manifest, round_))
         training = self.state.on_ticket(round_, terms, now_s)
         rules.policy.check_round(round_)
+        # A ticket that was entered is stored nowhere but in the ledger: another one of its round is refused by that.
+        for drawn in rules.ledger.account.draws.values():
+            if drawn.task == ticket.task and drawn.round >= ticket.round and drawn.tid != round_.tid:
+                kind = "the same round again" if drawn.round == ticket.round else "a round before the last one"
+                raise PeerError(f"ticket: round {ticket.round} is {kind}: the ledger holds another ticket's coin")
         release = Release.of(mechanism_of(round_), sampling_of(round_))
         operator = epoch.frozen.coordinator
         coin = self._entropy(32)
@@ -247,6 +252,11 @@ class Contributing:
             return training
         self.leave(training)
         return None
+
+    def check(self, round_: Round, rules: Rules) -> None:
+        """Return if the owner still allows a round that was entered, else raise PeerError that names what is not."""
+        rules.policy.terms(self.task, self._pinned or round_.ticket.bundle).check(round_)
+        rules.policy.check_round(round_)
 
     def contribute(
         self,

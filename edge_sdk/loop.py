@@ -203,7 +203,10 @@ class Loop:
             if not self._receive(0.0):
                 break
         self._tick()
-        self._train()
+        try:
+            self._train()
+        except OSError as error:
+            self._warn_once(f"disk: {error}")
 
     @property
     def busy(self) -> bool:
@@ -548,9 +551,10 @@ class Loop:
     def _contribute(self, task: str, entered: _Entered, here: Here) -> None:
         ticket, own = entered.training.round.ticket, self._p.tasks[task]
         started_s = self._now
-        self._training = task
         try:
             rules = self._rules()
+            own.check(entered.training.round, rules)  # the owner may have changed the policy since the coin was tossed
+            self._training = task
             bundle = read_bundle(here.bundle, task, rules.policy, self._p.max_bundle_bytes)
             check_fits(entered.training.round, bundle)
             parameters = here.parameters.read_bytes()
@@ -649,7 +653,10 @@ class Loop:
         return tid, self._stamp, self._enrolled is not None
 
     def _outcome(self, task: str, number: int, what: str, reason: str) -> None:
-        self._p.store.save_outcome(Outcome(task, number, what, reason, int(self._p.clock.time_s())))
+        try:
+            self._p.store.save_outcome(Outcome(task, number, what, reason, int(self._p.clock.time_s())))
+        except OSError as error:  # for people only: nothing rests on it
+            self._warn_once(f"disk: {error}")
 
     def _rules(self) -> Rules:
         if self._p.rules is None:
@@ -660,18 +667,10 @@ class Loop:
 
     def _tick(self) -> None:
         now_s = self._now
-        if self._p.serving.next_expiry_s <= self._p.clock.time_s():
-            self._p.serving.expire(self._p.clock.time_s())
-        for task, delivery in list(self._deliveries.items()):
-            if self._p.clock.time_s() >= delivery.sent.round.ticket.expires_s:
-                self._p.tasks[task].leave(delivery.sent)
-                self._end_delivery(task, self._dropped(delivery.sent, "the round ended without a receipt"))
-        if self._training is None:
-            self._look_at_policy()
-            if self._held and now_s >= self._charge.due_s:
-                self._charge.said(now_s)
-                for task in list(self._held):
-                    self._deliver(task)
+        try:
+            self._keep_up(now_s)
+        except OSError as error:  # a full or failing disk: it is tried again
+            self._warn_once(f"disk: {error}")
         if not self._online:
             return
         if now_s >= self._hello.due_s:
@@ -684,6 +683,21 @@ class Loop:
             if now_s >= delivery.repeat.due_s:
                 delivery.repeat.said(now_s)
                 self._send(Upload(delivery.sent.contribution.header, delivery.blob.ref))
+
+    def _keep_up(self, now_s: float) -> None:
+        """What is due without the network. Raises OSError from the disk."""
+        if self._p.serving.next_expiry_s <= self._p.clock.time_s():
+            self._p.serving.expire(self._p.clock.time_s())
+        for task, delivery in list(self._deliveries.items()):
+            if self._p.clock.time_s() >= delivery.sent.round.ticket.expires_s:
+                self._p.tasks[task].leave(delivery.sent)
+                self._end_delivery(task, self._dropped(delivery.sent, "the round ended without a receipt"))
+        if self._training is None:
+            self._look_at_policy()
+            if self._held and now_s >= self._charge.due_s:
+                self._charge.said(now_s)
+                for task in list(self._held):
+                    self._deliver(task)
 
     def _due_s(self) -> float:
         """When `_tick` next has something to do, on the monotonic clock."""

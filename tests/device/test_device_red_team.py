@@ -1,0 +1,138 @@
+"""What an unfriendly coordinator or broker, or a bad disk, could do to a device."""
+
+from __future__ import annotations
+
+import errno
+from collections import namedtuple
+
+import pytest
+from scripted import TASK, World
+from training import tiny_models as tiny
+
+from edge_sdk import events, fetching
+from edge_sdk.checkup import ledger_summary
+from edge_sdk.fetching import SPARE_DISK_BYTES, Fetches
+from edge_sdk.store import Store
+from edge_sdk.transport.chunks import Blob
+from edge_sdk.transport.wire import Upload
+
+
+def reasons(report, kind) -> list[str]:
+    return [event.reason for event in report.events if isinstance(event, kind)]
+
+
+# --- one ticket a round, whatever the coordinator signs
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_coin_is_not_tossed_again_for_a_second_ticket_of_a_round_that_was_entered(tmp_path, restart):
+    """The first ticket's coin said yes, and the device waits for its charger."""
+    world = World(tmp_path)
+    path = world.directory()
+    key = world.identities[0].public_key
+    world.ticket(0)
+    seen = []
+
+    def hook(event):
+        seen.append(event)
+        if isinstance(event, events.Waiting) and not restart and sum(e.name == "waiting" for e in seen) == 1:
+            world.ticket(0, to_helpers=False, n_max=3, previous=bytes(32))
+            world.send(key, world.welcome(key))
+
+    report = world.device(path, conditions=lambda: "not charging", on_event=hook).run_once(60)
+    assert report.count(events.Waiting) >= 1
+    if restart:
+        world.ticket(0, to_helpers=False, n_max=3, previous=bytes(32))
+        report = world.device(path).run_once(60)
+    assert ledger_summary(path).lifetime.rounds_entered == 1
+    assert "same round" in reasons(report, events.Refused)[0]
+    assert world.heard_of(Upload) == []
+
+
+def test_after_a_ticket_that_was_entered_an_earlier_round_is_not(tmp_path):
+    world = World(tmp_path)
+    path = world.directory()
+    world.ticket(7)
+    world.device(path, conditions=lambda: "not charging").run_once(60)
+    world.ticket(3, to_helpers=False)
+    report = world.device(path).run_once(60)
+    assert "before the last one" in reasons(report, events.Refused)[0]
+    assert ledger_summary(path).lifetime.rounds_entered == 1
+
+
+# --- the owner's word
+
+
+def test_a_task_that_its_owner_forbids_after_the_coin_is_not_trained(tmp_path):
+    world = World(tmp_path)
+    path = world.directory()
+    world.ticket()
+    answers = iter(["not charging", None])
+
+    def conditions():
+        return next(answers, None)
+
+    def hook(event):
+        if isinstance(event, events.Waiting):
+            world.write_policy(path, task="another")
+
+    world.device(path, conditions=lambda: "not charging").run_once(60)  # the coin is tossed
+    report = world.device(path, conditions=conditions, on_event=hook).run_once(60)
+    assert report.count(events.Training) == 0
+    assert "not among those" in reasons(report, events.Refused)[-1]
+    assert world.heard_of(Upload) == []
+
+
+# --- a full disk
+
+
+def test_a_disk_that_is_full_does_not_end_the_device(tmp_path, monkeypatch):
+    world = World(tmp_path)
+    path = world.directory()
+    world.ticket()
+    full = True
+
+    def fails(inner):
+        def call(self, *arguments):
+            if full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return inner(self, *arguments)
+
+        return call
+
+    for name in ("save_contribution", "save_outcome", "save_idle"):
+        monkeypatch.setattr(Store, name, fails(getattr(Store, name)))
+    report = world.device(path).run_once(60)
+    assert any("No space" in reason for reason in reasons(report, events.Warned) + reasons(report, events.Refused))
+    assert world.heard_of(Upload) == []
+    full = False
+    assert world.device(path).run_once(60).count(events.Delivered) == 1
+    assert ledger_summary(path).lifetime.rounds_sent == 1
+
+
+def test_downloads_side_by_side_leave_the_spare_disk_together(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    room = SPARE_DISK_BYTES + (3 << 20)
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage(room, 0, room))
+    fetches = Fetches(tmp_path / "blobs", 8 << 20, lambda: 0.5)
+    first, second = Blob.of(bytes(2 << 20)), Blob.of(b"\1" * (2 << 20))
+    assert fetches.file(first.ref) is None
+    with pytest.raises(OSError, match="no room"):
+        fetches.file(second.ref)
+    fetches.close()
+
+
+# --- models
+
+
+def test_an_older_model_that_a_broker_repeats_does_not_replace_the_newest_in_predict(tmp_path):
+    world = World(tmp_path)
+    path = world.directory()
+    device = world.device(path)
+    device.run_once(60)
+    world.model_round, world.parameters = 1, world.parameters + 1
+    device.run_once(60)
+    newest = device.predict(TASK, tiny.examples(3)[0])
+    world.model_round, world.parameters = 0, world.parameters - 1
+    device.run_once(60)
+    assert (device.predict(TASK, tiny.examples(3)[0]) == newest).all()
