@@ -112,7 +112,10 @@ def _build(options: argparse.Namespace) -> int:
         step_ms = _step_ms(built.bundle, publisher.public_key)
     _write(options.out, built.bundle)
     bundle = Bundle.read(built.bundle, publisher.public_key)
-    table = Table(title=f"{spec.name}: unit {options.unit}, batch {options.batch}")
+    table = Table(
+        title=f"{spec.name}: unit {options.unit}, batch {options.batch}",
+        caption="\n".join(f"[bold yellow]{warning}[/]" for warning in built.warnings) or None,
+    )
     for heading, justify in (("parameter", "left"), ("shape", "left"), ("role", "left"), ("gradients", "left")):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     reports = {row.parameter: row for row in built.step.report}
@@ -135,6 +138,7 @@ def _build(options: argparse.Namespace) -> int:
         "bytes": len(built.bundle),
         "entries": built.sizes,
         "fallback": [row.parameter for row in slow],
+        "warnings": built.warnings,
         "step_ms": step_ms,
         "build_s": round(time.perf_counter() - start, 1),
     }

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +42,11 @@ _DTYPES = {
 }
 
 
+LARGEST_COVERED_BATCH = 40
+"""Up to it the worst case of float32's rounding of everybody else's part of the sum is within what the device's
+sensitivity analysis leaves for it, but for draws of a probability below 1e-20 (docs/training-graph.md section 5)."""
+
+
 @dataclass(frozen=True)
 class Built:
     """A bundle with what was found while it was made."""
@@ -50,6 +55,8 @@ class Built:
     step: CapturedStep
     manifest: Manifest
     sizes: dict[str, int]
+    warnings: tuple[str, ...] = ()
+    """What the builder should know, though the bundle is good; one sentence or two each."""
 
 
 def load_spec(reference: str) -> TrainingSpec:
@@ -141,7 +148,17 @@ def build(
     )
     values = {p.name: p.value.numpy() for p in step.parameters}
     bundle = write_bundle(draft, graphs, values, publisher)
-    return Built(bundle, step, draft, {name: len(content) for name, content in graphs.items()})
+    sizes = {name: len(content) for name, content in graphs.items()}
+    return Built(bundle, step, draft, sizes, tuple(_warnings(unit, batch)))
+
+
+def _warnings(unit: Unit, batch: int) -> Iterator[str]:
+    if unit == "example" and batch > LARGEST_COVERED_BATCH:
+        yield (
+            f"A batch of {batch} is above {LARGEST_COVERED_BATCH}: the worst case of float32's rounding is then not "
+            "covered by the clip's slack of 1.001 (docs/training-graph.md section 5). A batch of 32 costs about as "
+            "much time for each example."
+        )
 
 
 def _tensor(name: str, example: torch.Tensor, below: int | None) -> Tensor:

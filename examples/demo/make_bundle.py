@@ -22,7 +22,7 @@ PUBLISHER = Identity(
     tagged_hash("demo", b"a publisher's key that everybody knows: it signs this demo and nothing else")
 )
 
-BUNDLES = {"digits": ("digits", 32), "fashion-mnist": ("scattering", 64)}
+BUNDLES = {"digits": ("digits", 32), "fashion-mnist": ("scattering", 32)}
 """Data set -> (model in examples/models, batch)."""
 
 

@@ -79,7 +79,22 @@ def test_build_says_what_it_made(built):
     _, said = built
     assert said["dimension"] == 6 * 5 + 5 + 5 * 3 + 3
     assert said["fallback"] == []
+    assert said["warnings"] == []
     assert set(said["entries"]) == {"train.onnx", "predict.onnx"}
+
+
+@pytest.mark.parametrize(
+    ("unit", "batch", "warned"), [("example", 41, True), ("example", 40, False), ("device", 41, False)]
+)
+def test_build_warns_of_a_batch_whose_rounding_the_clips_slack_does_not_cover(built, unit, batch, warned):
+    """docs/training-graph.md section 5: up to 40 for unit "example"; unit "device" rounds nobody else's part."""
+    folder, _ = built
+    options = ("--unit", unit, "--batch", str(batch), "--json")
+    done = edge_export(folder, "build", "tiny.py:build", "--key", "publisher.key", "--out", "large.bundle", *options)
+    assert done.returncode == 0, done.stderr
+    warnings = json.loads(done.stdout)["warnings"]
+    assert [warning.startswith("A batch of 41 is above 40: ") for warning in warnings] == [True] * warned
+    assert ("A batch of 41 is above 40: " in " ".join(done.stderr.split())) == warned
 
 
 def test_the_same_source_gives_the_same_bytes_in_another_process(built):
