@@ -191,7 +191,11 @@ class Demo:
         """Follow the coordinator until the task is done, and pull plugs on the way."""
         while True:
             said = self.next_said()
-            if said.who != "coordinator" or said.line is None:
+            if said.who != "coordinator":
+                continue
+            if said.line is None:
+                if self.processes["coordinator"].ended:  # and not the one that was killed and started again
+                    raise RuntimeError(f"the coordinator ended: see {self.folder / 'coordinator'}.log")
                 continue
             before = self.progress.model
             self.progress.take(said.line)

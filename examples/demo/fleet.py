@@ -46,6 +46,11 @@ class Process:
         self.child = child
         threading.Thread(target=self._listen, args=(child,), daemon=True).start()
 
+    @property
+    def ended(self) -> bool:
+        """Whether the child that was started last is not running."""
+        return self.child is None or self.child.poll() is not None
+
     def kill(self) -> None:
         """Pull the plug: SIGKILL."""
         self._end(signal.SIGKILL)
