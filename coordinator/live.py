@@ -209,7 +209,9 @@ class LiveRound:
             yield self._letter(post, wrap(Ticket, self.round.signed), now_s)
         inspecting = isinstance(self.state, Collecting)
         if inspecting or not (post.has_signed or post.has_answered):
-            yield from self._deliveries(post, now_s, hurry=not inspecting)
+            # No more will come: what is left has to be inspected within grace_s.
+            last = self.full_at_s is not None or now_s >= self.round.ticket.closes_s
+            yield from self._deliveries(post, now_s, hurry=last or not inspecting)
         if inspecting or post.pulling or post.has_answered:
             return
         if not (post.seal_sent or post.has_signed) and post.shown == len(self.slots):

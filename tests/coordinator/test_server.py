@@ -124,6 +124,18 @@ def test_a_device_that_comes_late_is_told_and_not_counted(tmp_path):
     assert late.receipts == {}
 
 
+def test_members_are_shown_the_last_contribution_at_once_so_that_they_can_complain_before_the_seal(tmp_path):
+    fleet = make(tmp_path)
+    last = fleet.devices[0]
+    fleet.leave(last)
+    fleet.run(fleet.saw(events.Contributed, DEVICES - 1), seconds=0.01)
+    fleet.connect(last)
+    fleet.run(fleet.saw(events.Contributed, DEVICES), seconds=0.01)
+    (live,) = fleet.server._live.values()
+    assert [post.shown for post in live.posts.values()] == [DEVICES] * HELPERS
+    finish(fleet)
+
+
 def test_no_more_than_n_max_are_taken(tmp_path):
     fleet = make(tmp_path, devices=6, n_max=4, expected=4)
     (truth,) = finish(fleet, n_max=4)
