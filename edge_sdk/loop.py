@@ -734,11 +734,7 @@ class Loop:
         """Offers of prekeys, if this device serves: all of them after a Hello, then those that are new."""
         if not (self._p.would_serve and self._p.serving.serves(self._p.store.epoch)):
             return
-        fresh = {
-            serial: offer
-            for serial, offer in self._p.serving.offers(self._p.clock.time_s()).items()
-            if serial not in self._offered
-        }
+        fresh = self._p.serving.offers(self._p.clock.time_s(), but=self._offered)
         offers = list(fresh.values())
         for start in range(0, len(offers), 32):
             self._send(Prekeys(offers[start : start + 32]))

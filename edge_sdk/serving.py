@@ -5,7 +5,7 @@ What a letter changes is stored before its reply leaves: a member that forgot wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.crypto.sealing import PREKEY_SEED_BYTES, Prekey
@@ -55,10 +55,11 @@ class Serving:
         self._keep(after)
         return reply
 
-    def offers(self, now_s: float) -> dict[int, Signed]:
+    def offers(self, now_s: float, but: Container[int] = ()) -> dict[int, Signed]:
         """Every offer that is out and unused, by serial, topped up to the full number first. The same ones each time.
 
         Those in the last third of their life are kept but do not count: a ticket would soon outlive them.
+        but: serials to leave out; each offer costs a key pair and a signature.
         """
         state = self.state
         fresh_until = now_s + self._life_s / 3
@@ -67,7 +68,7 @@ class Serving:
             seed = self._entropy(PREKEY_SEED_BYTES)
             state, _ = member.offer_prekey(state, self._identity, self._fleet, seed, int(now_s) + self._life_s)
         self._keep(state)
-        unused = sorted(serial for serial in state.prekeys if serial not in state.bound)
+        unused = sorted(serial for serial in state.prekeys if serial not in state.bound and serial not in but)
         return {serial: self._offer(serial) for serial in unused if state.expiry[serial] > now_s}
 
     def _offer(self, serial: int) -> Signed:
