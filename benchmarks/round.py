@@ -9,8 +9,9 @@ receipts. All share this machine's cores, which a fleet does not: `devices_cpu_s
 
 One round goes before and is not in the median: devices fetch the bundle and load onnxruntime then (`first_round_s`).
 Phases are differences between the coordinator's own events: ticket out, first and last contribution durable, set
-sealed (`grace_s` of it is waiting, by the task), quorum signed, model published. `busy` is the CPU time of everything
-over wall time and cores: near 1 the machine bounds the round, and what is left of it was waiting.
+sealed (`grace_s` of it is waiting, by the task), quorum signed, model published. `busy` is the CPU time of all these
+processes over wall time and cores; `idle` is what the machine's cores had to spare. Near 1 and 0 the machine bounds the
+round; what is idle was waiting; what is neither went to something else on this machine, and spoils the figures.
 """
 
 from __future__ import annotations
@@ -174,13 +175,13 @@ class Fleet:
         return [p.child.pid for name, p in self.processes.items() if name.startswith(prefix) and p.child is not None]
 
     def cpu_s(self) -> dict[str, float]:
-        """CPU seconds so far, user and system, by kind of process."""
+        """CPU seconds so far, user and system, by kind of process, and those that the machine was idle."""
         (coordinator,) = self.pids("coordinator")
         by_kind = {
             "coordinator": [coordinator], "broker": children(coordinator), "devices": self.pids("device"),
             "helpers": self.pids("helper"),
         }  # fmt: skip
-        return {kind: sum(map(process_cpu_s, pids)) for kind, pids in by_kind.items()}
+        return {**{kind: sum(map(process_cpu_s, pids)) for kind, pids in by_kind.items()}, "idle": idle_s()}
 
     def close(self) -> None:
         for process in self.processes.values():
@@ -202,6 +203,12 @@ def children(pid: int) -> list[int]:
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         found += map(int, path.read_text().split())
     return found
+
+
+def idle_s() -> float:
+    """Seconds that all cores together have been idle, also while they waited for a disk."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    return (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")
 
 
 def process_cpu_s(pid: int) -> float:
@@ -327,7 +334,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         phase: round(statistics.median(times[i + 1] - times[i] for times in measured), 3)
         for i, phase in enumerate(PHASES)
     }
-    d = CLASSES * (features + 1)
+    d, cores, span_s = CLASSES * (features + 1), os.cpu_count() or 1, measured[-1][-1] - measured[0][0]
+    idle = used.pop("idle") / span_s / cores
+    busy = sum(used.values()) / span_s / cores
     cpu = {f"{kind}_cpu_s": round(seconds / len(measured), 3) for kind, seconds in used.items()}
     return {
         "devices": options.devices, "helpers": options.helpers, "broker": options.broker, "d": d,
@@ -337,7 +346,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "upload_bytes": contributions[-1]["size"], "model_bytes": 4 * d,
         "up_mb": round(options.devices * contributions[-1]["size"] / MB, 2),
         "down_mb": round(options.devices * 4 * d / MB, 2),
-        "cores": os.cpu_count(), "busy": round(sum(cpu.values()) / wall_s / (os.cpu_count() or 1), 2),
+        "cores": cores, "busy": round(busy, 2), "idle": round(idle, 2),
     }  # fmt: skip
 
 
@@ -351,7 +360,7 @@ def show(row: dict[str, Any]) -> None:
     print("CPU seconds of a round, all processes of a kind together")
     for kind in ("coordinator", "broker", "devices", "helpers"):
         print(f"  {kind:24}{row[f'{kind}_cpu_s']:8.3f} s")
-    print(f"  busy                    {row['busy']:8.2f}     of {row['cores']} cores\n")
+    print(f"  of {row['cores']} cores, busy {row['busy']:.0%} and idle {row['idle']:.0%}\n")
     print(f"bytes      {row['upload_bytes']:,} up and {row['model_bytes']:,} down for each device, ", end="")
     print(f"{row['up_mb']} and {row['down_mb']} MB in all")
     print(f"memory     {row['coordinator_rss_mb']} MB in the coordinator at its peak")
