@@ -58,6 +58,8 @@ WRITE_BYTES = 4 << 10
 """What is not longer than this waits for others that are written in the same pass."""
 PACKETS_AT_ONCE = 64
 """Packets between two looks at everything else."""
+MAX_PACKET_BYTES = 1 << 20
+"""Of an MQTT packet to a device. One that announces more, up to 256 MB in MQTT 3.1.1, ends the connection unread."""
 FRAME_OVERHEAD_BYTES = 256
 """What a queued frame takes besides its bytes, about: a flood of empty frames is bounded too."""
 
@@ -181,6 +183,15 @@ class _PahoErrors(logging.Handler):
         self._tell(record.getMessage())
 
 
+class _Bounded(paho.Client):
+    """paho reads a packet of any length into memory; what a broker announces must not be what a small device holds."""
+
+    def _sock_recv(self, bufsize: int) -> bytes:
+        if bufsize > MAX_PACKET_BYTES:
+            raise ConnectionError(f"a packet of {bufsize} bytes is over the limit of {MAX_PACKET_BYTES}")
+        return super()._sock_recv(bufsize)
+
+
 def _no_password() -> str:
     # OpenSSL would ask at the terminal.
     raise ValueError("the key is encrypted; it must be readable without a password")
@@ -231,7 +242,11 @@ class _Link(Generic[T]):
         in_flight: int,
         queue_bytes: int,
         backoff: Backoff,
+        bounded: bool,
     ) -> None:
+        """bounded: whether a packet over MAX_PACKET_BYTES ends the connection. Not for the coordinator, whose link any
+        device could end then: its broker bounds packets."""
+        self._bounded = bounded
         self._host, self._port, encrypted = _address_of(url, plaintext)
         if encrypted != (credentials is not None):
             raise ParameterError(
@@ -398,7 +413,8 @@ class _Link(Generic[T]):
 
     def _client(self, context: ssl.SSLContext | None) -> paho.Client:
         # A new one for each connection: nothing of the last one is sent again behind our back.
-        client = paho.Client(
+        kind = _Bounded if self._bounded else paho.Client
+        client = kind(
             CallbackAPIVersion.VERSION2,
             client_id=self._client_id,
             clean_session=True,
@@ -637,6 +653,7 @@ class MqttTransport:
             subscription=own,
             accept=lambda topic, payload: payload if topic == own else None,
             will=(self._up, encode_frame(Leaving())),
+            bounded=True,
             plaintext=plaintext,
             keepalive_s=keepalive_s,
             in_flight=in_flight,
@@ -692,6 +709,7 @@ class MqttHub:
             subscription=UP + "+",
             accept=_inbound,
             will=None,
+            bounded=False,
             plaintext=plaintext,
             keepalive_s=keepalive_s,
             in_flight=in_flight,

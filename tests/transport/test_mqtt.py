@@ -565,6 +565,17 @@ def test_a_device_takes_only_what_is_on_its_own_topic(fake, closing):
     assert device.until(lambda seen: any(isinstance(item, bytes) for item in seen)) == [Connected(), b"mine"]
 
 
+def test_a_packet_that_announces_more_than_a_device_can_hold_ends_the_connection_unread(fake, closing):
+    def flooding(connection: socket.socket) -> None:
+        accepting(connection)
+        connection.sendall(b"\x30\xff\xff\xff\x7f" + bytes(100))  # 256 MB are to follow
+
+    device = device_on(closing, fake(flooding, accepting).url, fresh_name())
+    device.until_connected()
+    assert "268435455 bytes is over the limit" in device.until_lost()
+    device.until_connected()
+
+
 def over_tls(server: Credentials, script: Callable[[socket.socket], None]) -> Callable[[socket.socket], None]:
     """The script over TLS, for clients of the server's own authority."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
