@@ -299,22 +299,31 @@ class Receiving(ABC):
 class Download(Receiving):
     """A blob that is received into memory: one buffer of its size, made at once. The caller bounds `ref.size`."""
 
-    def __init__(self, ref: BlobRef, window: int = 8, *, retry_s: float = RETRY_S) -> None:
+    def __init__(
+        self, ref: BlobRef, window: int = 8, *, retry_s: float = RETRY_S, buffer: bytearray | None = None
+    ) -> None:
+        """buffer: to be used in place of a new one; nothing of what is in it is given out.
+
+        Raises ParameterError if it is not of the blob's size.
+        """
         super().__init__(ref, window, retry_s)
-        self._buffer = bytearray(ref.size)
+        if buffer is not None and len(buffer) != ref.size:
+            raise ParameterError(f"a buffer of {len(buffer)} bytes for a blob of {ref.size}")
+        self.buffer = bytearray(ref.size) if buffer is None else buffer
+        """Whoever gives it to another download has done with this one and its views."""
 
     def data(self) -> bytes:
         self._check_complete()
-        return bytes(self._buffer)
+        return bytes(self.buffer)
 
     def view(self) -> memoryview:
         """As `data`, without the copy: read-only, over the download's own buffer."""
         self._check_complete()
-        return memoryview(self._buffer).toreadonly()
+        return memoryview(self.buffer).toreadonly()
 
     def _keep(self, chunk: Chunk) -> None:
         offset = chunk.index * CHUNK_BYTES
-        self._buffer[offset : offset + len(chunk.data)] = chunk.data
+        self.buffer[offset : offset + len(chunk.data)] = chunk.data
 
     def _finish(self) -> None:
         pass
