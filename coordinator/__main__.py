@@ -547,10 +547,12 @@ def _set_state(options: argparse.Namespace, state: Any) -> int:
 
 
 def _task_skip(options: argparse.Namespace) -> int:
+    from coordinator.serving import serving_pid
+
     store = _store(options)
     try:
         with store.transaction() as rows:
-            number = rows.skip_round(options.task)
+            number = rows.skip_round(options.task, end_running=serving_pid(options.dir) is None)
     finally:
         store.close()
     _done(options, {"task": options.task, "next_round": number})

@@ -16,6 +16,7 @@ from coordinator.store import ContributionRow, StoreError, Vectors
 from coordinator.task import Planned, Task
 from edge_sdk.crypto.hashing import content_hash
 from edge_sdk.crypto.ring import DEGREE
+from edge_sdk.errors import PeerError
 from edge_sdk.protocol import messages
 from edge_sdk.protocol.aggregator import Certified, Collecting, Done, Entry, Sealed
 from edge_sdk.protocol.messages import Certificate, Delivery, Header, Seal, SealedShare, Signed, Ticket, wrap
@@ -275,7 +276,13 @@ class LiveRound:
         shares = self._shares.get(slot)
         if shares is None:
             data = self.vectors.read(slot, self.masked_bytes)
-            shares = split_shares(self.round, messages.decode(Header, header.body), data)
+            try:
+                shares = split_shares(self.round, messages.decode(Header, header.body), data)
+            except PeerError as error:  # they were checked when they came
+                raise StoreError(
+                    f"round {self.tid.hex()[:16]}: the shares in slot {slot} are not what their sender signed: the "
+                    f"disk is damaged; end the round with skip-round, or restore the file ({error})"
+                ) from error
             self._remember(slot, shares)
         return shares
 

@@ -521,9 +521,17 @@ class Transaction:
             raise ParameterError(f"there is no task {name!r}")
         self._changed()
 
-    def skip_round(self, name: str) -> int:
+    def skip_round(self, name: str, *, end_running: bool = False) -> int:
         """Leave out one round number: after the store was put back to an earlier state, devices and members have seen
-        tickets that it knows nothing of. Returns the next number. Raises ParameterError on an unknown task."""
+        tickets that it knows nothing of. Returns the next number. Raises ParameterError on an unknown task.
+
+        end_running: also end the task's rounds that have not ended, without a sum, as a damaged disk may ask for. Only
+        while nobody serves: a server would go on with them. One that was certified stays charged for.
+        """
+        if end_running:
+            active = sql.and_(_rounds.c.task == name, _rounds.c.phase.in_(ACTIVE))
+            for row in self._all(sql.select(_rounds.c.tid).where(active)):
+                self._end(row.tid, phase="ABORTED", reason="ended by the operator")
         bump = _tasks.update().where(_tasks.c.name == name).values(next_round=_tasks.c.next_round + 1)
         if not self._run(bump).rowcount:
             raise ParameterError(f"there is no task {name!r}")

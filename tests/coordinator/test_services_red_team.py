@@ -6,6 +6,7 @@ from concurrent.futures import Future
 
 import msgspec
 import numpy as np
+import pytest
 from fleet import (
     Fleet,
     LocalAuthority,
@@ -21,7 +22,7 @@ from fleet import (
 from coordinator import events
 from coordinator import server as server_module
 from coordinator.arrivals import Arrivals
-from coordinator.store import Store
+from coordinator.store import Store, StoreError
 from edge_sdk.crypto.sealing import Prekey
 from edge_sdk.protocol import messages
 from edge_sdk.protocol.messages import Header, PrekeyOffer, Signed
@@ -244,3 +245,35 @@ def test_an_upload_that_no_grant_can_hold_is_a_reason_to_wait_and_not_a_round_wi
     assert not fleet.server._live
     fleet.close()
     assert rounds_in(fleet.directory) == []
+
+
+@pytest.mark.parametrize("part", ["vector", "shares"])
+def test_what_the_error_of_a_damaged_disk_names_as_the_remedy_is_one(tmp_path, part, monkeypatch):
+    opened = []
+    monkeypatch.setattr("fleet.Store", lambda directory: opened.append(Store(directory)) or opened[-1])
+    fleet = make(tmp_path)
+    fleet.run(fleet.saw(events.Contributed, 3))
+    (live,) = fleet.server._live.values()
+    fleet.server.close()
+    path = live.vectors.directory / "vectors"
+    content = bytearray(path.read_bytes())
+    content[live.vectors.slot_bytes + 5 if part == "vector" else live.vectors.slot_bytes - 5] ^= 1
+    path.write_bytes(content)
+
+    def serve():
+        fleet.server = fleet.start()
+        fleet.run(fleet.saw(events.TaskDone))
+
+    with pytest.raises(StoreError, match="end the round with skip-round"):
+        serve()
+    opened[-1].close()
+    store = Store(fleet.directory)
+    with store.transaction() as t:
+        t.skip_round("tiny", end_running=True)
+    store.close()
+    fleet.server = fleet.start()
+    fleet.run(fleet.saw(events.TaskDone))
+    fleet.close()
+    ended = rounds_in(fleet.directory)
+    assert [truth.phase for truth in ended] == ["ABORTED", "DONE"]
+    assert_exact(ended[-1], fleet.devices, 32 - delta_bits(DEVICES))
