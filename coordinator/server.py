@@ -738,7 +738,8 @@ class Server:
         tid, number = live.tid, said.member
         if isinstance(said, Complaint) and isinstance(after, Collecting):
             named = after.complaints[number]
-            self._effects.append(lambda t: t.set_complaints(tid, number, named))
+            if not isinstance(before, Collecting) or before.complaints.get(number) != named:
+                self._effects.append(lambda t: t.set_complaints(tid, number, named))
         elif isinstance(said, SealSignature):
             live.posts[number].has_signed = True
             signature = message.signature

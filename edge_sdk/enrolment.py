@@ -13,8 +13,10 @@ import datetime as dt
 import fcntl
 import http.client
 import os
+import queue
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +44,7 @@ CHECK_BYTES = 4
 MAX_TOKEN_CHARACTERS = 4096
 MAX_ANSWER_BYTES = 64 << 10
 TIMEOUT_S = 20.0
+EXCHANGE_S = 60.0
 RENEW_SHARE = 1 / 3
 """A certificate is renewed when less than this share of its life is left."""
 
@@ -488,7 +491,31 @@ def _decode_json(body: bytes, kind: type[S], url: str) -> S:
 
 
 def _exchange(url: str, method: str, path: str, body: bytes | None, context: ssl.SSLContext) -> tuple[int, bytes]:
-    """(status, body). Raises TransportError or PeerError with what people can do about it."""
+    """(status, body). Raises TransportError or PeerError with what people can do about it.
+
+    All of it within EXCHANGE_S: a socket's timeout is one read's, and whoever drips a byte now and then, before or
+    after the handshake, would hold this device for days. What is given up is left to a daemon thread.
+    """
+    answers: queue.SimpleQueue[tuple[int, bytes] | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(_ask_once(url, method, path, body, context))
+        except Exception as error:  # noqa: BLE001  # it is raised in the thread that asked
+            answers.put(error)
+
+    threading.Thread(target=ask, name="enrolment", daemon=True).start()
+    try:
+        answer = answers.get(timeout=EXCHANGE_S)
+    except queue.Empty:
+        host, port = _host_and_port(url)
+        raise TransportError(f"{host}:{port} answers too slowly: given up after {EXCHANGE_S:.0f} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _ask_once(url: str, method: str, path: str, body: bytes | None, context: ssl.SSLContext) -> tuple[int, bytes]:
     host, port = _host_and_port(url)
     connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=context)
     headers = {"Content-Type": "application/json"} if body is not None else {}

@@ -13,7 +13,7 @@ from edge_sdk.errors import ParameterError, PeerError
 from edge_sdk.protocol import member
 from edge_sdk.protocol.authority import FleetEpoch
 from edge_sdk.protocol.member import MemberState
-from edge_sdk.protocol.messages import PrekeyOffer, Signed, sign
+from edge_sdk.protocol.messages import PrekeyOffer, Signed, Ticket, sign, unwrap
 from edge_sdk.store import Store
 
 SPARE_PREKEYS = 24
@@ -21,6 +21,10 @@ SPARE_PREKEYS = 24
 
 PREKEY_LIFE_S = 14 * 86_400
 """What nobody used by then is erased: a card that is found later opens nothing."""
+
+
+MAX_SESSIONS = 256
+"""Rounds that a member serves at a time: a coordinator that opens tasks without end fills no disk."""
 
 
 class Serving:
@@ -51,6 +55,8 @@ class Serving:
         """One letter of the coordinator, and the reply to it. Raises PeerError; then nothing has changed."""
         if epoch is None:
             raise PeerError("letter: this device knows no epoch yet")
+        if len(self.state.sessions) >= MAX_SESSIONS and unwrap(data)[0] is Ticket:
+            raise PeerError(f"ticket: {MAX_SESSIONS} rounds are open here already; the oldest must end or expire first")
         after, reply = member.step(self.state, data, epoch, self._identity, now_s)
         self._keep(after)
         return reply

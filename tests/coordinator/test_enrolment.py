@@ -7,6 +7,7 @@ import ssl
 import stat
 import subprocess
 import sys
+import threading
 import time
 
 import msgspec
@@ -554,3 +555,15 @@ def test_a_device_that_asks_for_certificates_gets_a_few_certificates_a_day(fleet
     assert set(refused) == {"busy"}
     fleet.now += 86_400
     renew(tmp_path / "device")  # its own key, a day later
+
+
+def test_a_service_that_drips_its_answer_holds_no_device(fleet, tmp_path, monkeypatch):
+    """Against a man in the middle who keeps the connection just alive: reads succeed, the answer never ends."""
+    let_go = threading.Event()
+    monkeypatch.setattr(enrolment, "_ask_once", lambda *_: let_go.wait() and (200, b""))
+    monkeypatch.setattr(enrolment, "EXCHANGE_S", 0.05)
+    try:
+        with pytest.raises(TransportError, match="answers too slowly"):
+            enrolment.join(tmp_path / "device", fleet.invite())
+    finally:
+        let_go.set()

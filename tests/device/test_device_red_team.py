@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 from scripted import TASK, World
 from training import tiny_models as tiny
 
-from edge_sdk import events, fetching
+from edge_sdk import events, fetching, serving
 from edge_sdk.checkup import ledger_summary
+from edge_sdk.errors import PeerError
 from edge_sdk.fetching import SPARE_DISK_BYTES, Fetches
+from edge_sdk.protocol import reference
+from edge_sdk.protocol.member import MemberState
+from edge_sdk.protocol.messages import Ticket, wrap
 from edge_sdk.store import Store
 from edge_sdk.transport.chunks import Blob
 from edge_sdk.transport.wire import Upload
@@ -136,3 +142,25 @@ def test_an_older_model_that_a_broker_repeats_does_not_replace_the_newest_in_pre
     world.model_round, world.parameters = 0, world.parameters - 1
     device.run_once(60)
     assert (device.predict(TASK, tiny.examples(3)[0]) == newest).all()
+
+
+def test_a_coordinator_that_opens_rounds_without_end_is_stopped_by_a_bound(monkeypatch):
+    fleet = reference.make_fleet(bytes(32), 4)
+    monkeypatch.setattr(serving, "MAX_SESSIONS", 1)
+    kept = []
+    store = SimpleNamespace(member=MemberState, save_member=lambda before, after: kept.append(after))
+    member = serving.Serving(fleet.committee[0], fleet.epoch.frozen.fleet, store, os.urandom)
+
+    def ticket(task):
+        fleet.members[0] = member.state
+        round_ = reference.open_ticket(fleet, task.encode().ljust(32), 10, n_max=4, task=task)
+        member.state = fleet.members[0]  # with the prekey that the ticket names
+        return wrap(Ticket, round_.signed)
+
+    member.handle(ticket("one"), fleet.epoch, 1.0)
+    second = ticket("two")
+    before = list(kept)
+    with pytest.raises(PeerError, match="1 rounds are open here already"):
+        member.handle(second, fleet.epoch, 1.0)
+    assert kept == before
+    assert len(member.state.sessions) == 1
