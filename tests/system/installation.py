@@ -1,7 +1,7 @@
 """A whole installation as processes: a coordinator with its broker, devices and helpers, on loopback.
 
 Processes are those of the field: `python -m coordinator serve`, `python -m edge_sdk run`, `python -m edge_sdk.helper
-run`. What they say on stdout is the only thing that tests wait for. A device's examples come from `notebook.py` in its
+run`. What they say on stdout is the only thing that tests wait for. A device's examples come from `field_notes.py` in its
 directory, as an integrator's own code would; it writes down what the device encoded, so that a test can say what the
 opened sum has to be.
 """
@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from coordinator.__main__ import main as coordinator_main
+from coordinator.ca import CertificateAuthority
 from coordinator.config import Config
 from coordinator.store import RoundRow, Store
 from edge_sdk.bundle import Bundle
@@ -170,7 +171,7 @@ class Installation:
         """A device that has joined, with examples for these tasks and a policy for a fleet this small."""
         directory = self.directory / name
         directory.mkdir(mode=0o700)
-        shutil.copy(Path(__file__).with_name("notebook.py"), directory)
+        shutil.copy(Path(__file__).with_name("field_notes.py"), directory)
         dimensions = Bundle.read(BUNDLE, bytes.fromhex(PUBLISHER)).manifest.inputs[0]
         rng = np.random.default_rng(len(list(self.directory.iterdir())))
         np.savez(
@@ -179,7 +180,7 @@ class Installation:
             y=rng.integers(0, 10, EXAMPLES),
         )
         token = token or self.operator("invite")[0]["token"]
-        named = [word for task in tasks for word in ("--task", f"{task}=notebook:examples")]
+        named = [word for task in tasks for word in ("--task", f"{task}=field_notes:examples")]
         command(device_main, "join", token, "--dir", str(directory), *named)
         policy = directory / "policy.toml"
         policy.write_text(policy.read_text().replace("min_honest = 10", "min_honest = 2"))
@@ -226,8 +227,13 @@ class Installation:
         self.wait("coordinator", "serving", since=place)
 
     def start_amqtt(self) -> None:
-        """A broker that runs by itself, with the coordinator's certificates; it listens when this returns."""
+        """A broker that runs by itself, with the coordinator's certificates; it listens when this returns.
+
+        One that runs already is killed first.
+        """
         self.kill_amqtt()
+        names = Config.read(self.home).certificate_names
+        CertificateAuthority(self.home).ensure_service_certificates(names, int(time.time()))
         arguments = [sys.executable, "-c", AMQTT, str(self.home), str(self.broker_port)]
         with (self.directory / "amqtt.log").open("ab") as log:
             self._amqtt = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=log)

@@ -60,7 +60,6 @@ def test_kill_9_of_the_coordinator_at_drawn_moments_goes_on_with_the_same_round(
 def test_a_broker_that_dies_with_all_it_knew_in_the_middle_of_a_round_costs_time_alone(install, broker):
     # amqtt is a thread of the coordinator's: only one that runs elsewhere can be killed alone.
     it = install("--broker", "mosquitto" if broker == "mosquitto" else "external")
-    it.populate(devices=0)
     if broker == "amqtt":
         it.start_amqtt()
     it.populate()
