@@ -1,7 +1,7 @@
 """A whole installation as processes: a coordinator with its broker, devices and helpers, on loopback.
 
 Processes are those of the field: `python -m coordinator serve`, `python -m edge_sdk run`, `python -m edge_sdk.helper
-run`. What they say on stdout is the only thing that tests wait for. A device's examples come from `field_notes.py` in its
+run`. Tests wait for what they say on stdout, or in a log. A device's examples come from `field_notes.py` in its
 directory, as an integrator's own code would; it writes down what the device encoded, so that a test can say what the
 opened sum has to be.
 """
