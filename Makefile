@@ -58,7 +58,7 @@ fuzz: $(STAMP)
 	$(BIN)/python tests/fuzz_messages.py -max_total_time=$(SECONDS) -artifact_prefix=.fuzz/ .fuzz
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/masking.py
+	for name in masking privacy train_step coordinator device_footprint round; do $(BIN)/python benchmarks/$$name.py; done
 
 clean:
 	rm -rf $(VENV) .fuzz .hypothesis .pytest_cache .mypy_cache .ruff_cache
