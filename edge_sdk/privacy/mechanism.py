@@ -224,20 +224,20 @@ def clip_l2(vector: F64, bound: float) -> F64:
         raise ParameterError(f"a clip bound is finite and above 0, not {bound}")
     if not np.isfinite(vector).all():
         raise ParameterError("the vector holds NaN or infinity")
-    unit, norm, largest = _directed(vector)
+    norm, largest = _norm(vector)
     if norm * largest <= bound:
         return vector.astype(np.float64)
-    scaled: F64 = unit * (bound / norm)
+    scaled: F64 = vector / largest
+    scaled *= bound / norm
     return scaled
 
 
-def _directed(vector: F64) -> tuple[F64, float, float]:
-    """(vector over its largest magnitude, norm of that, the magnitude). The product of the last two is the norm."""
-    largest = float(np.abs(vector).max(initial=0.0))
+def _norm(vector: F64) -> tuple[float, float]:
+    """(norm of the vector over its largest magnitude, the magnitude). Their product is the norm."""
+    largest = max(float(vector.max(initial=0.0)), -float(vector.min(initial=0.0)))
     if largest == 0.0:
-        return vector, 0.0, 0.0
-    unit = vector / largest
-    return unit, math.sqrt(square_norm(unit)), largest
+        return 0.0, 0.0
+    return math.sqrt(square_norm(vector, largest)), largest
 
 
 def device_metrics(mechanism: Mechanism, vector: F64, count: float, correct: float, loss: float) -> MetricSums:
@@ -261,7 +261,7 @@ def device_metrics(mechanism: Mechanism, vector: F64, count: float, correct: flo
     bounded = min(max(mean, 0.0), mechanism.loss_bound) if math.isfinite(mean) else mechanism.loss_bound
     if not np.isfinite(vector).all():
         raise ParameterError("the vector holds NaN or infinity")
-    _, norm, largest = _directed(vector)
+    norm, largest = _norm(vector)
     return MetricSums(1.0, min(correct / count, 1.0), bounded, float(norm * largest <= mechanism.clip))
 
 
@@ -294,13 +294,14 @@ def encode(
     if not largest < mechanism.granularity * _MOST_STEPS:  # true of a NaN too
         fault = "too large for this granularity" if math.isfinite(largest) else "not finite: NaN or infinity"
         raise ParameterError(f"the vector is {fault}")
-    rotated = rotate(full, public_seed)
-    rotated /= mechanism.granularity
+    full = rotate(full, public_seed)
+    full /= mechanism.granularity
     rounding = KeyStream(derive_key(entropy, "rounding", public_seed))
     if mechanism.unit == "device":
-        integers = round_conditionally(rotated, mechanism.sensitivity_steps, rounding)
+        integers = round_conditionally(full, mechanism.sensitivity_steps, rounding)
     else:
-        integers = round_stochastically(rotated, rounding)
+        integers = round_stochastically(full, rounding)
+    del full  # before the noise, which is as long
     noise = KeyStream(derive_key(entropy, "noise", public_seed))
     integers += noise_sampler(*mechanism.share_sigma.as_integer_ratio()).sample(noise, mechanism.length)
     integers &= (1 << mechanism.modulus_bits) - 1  # two's complement: modulo 2^b for negative numbers too

@@ -30,6 +30,10 @@ _MARGIN = 2.0**-44
 """Above every rounding error of the float64 acceptance probability: |t| <= 16 with three roundings, and exp's own."""
 
 _CHUNK = 1 << 16
+"""Proposals that are drawn together. It fixes the order in which a stream is read, and with it the noise."""
+
+_PIECE = 1 << 13
+"""Proposals that are read and weighed together: 64 KiB an array at most, which stays in a small cache."""
 
 
 class NoiseSampler:
@@ -55,35 +59,45 @@ class NoiseSampler:
         out = np.empty(count, dtype=np.int64)
         done = 0
         while done < count:
-            # A chunk at a time: it stays in the cache, and the order of reads does not depend on the machine.
             kept = self._proposals(stream, min(_CHUNK, (count - done) * 9 // 8 + 64))
             kept = kept[: count - done]
             out[done : done + kept.size] = kept
             done += kept.size
         return out
 
-    def _proposals(self, stream: KeyStream, count: int) -> NDArray[np.int64]:
-        """The accepted ones of `count` proposals."""
-        width = 1 << self.width_bits
-        bins = self._bins.sample(stream, count).astype(np.int64)
-        places = stream.read(4 * count).view("<u4").astype(np.int64) & (width - 1)
-        coins = stream.words64(count)
-        x = (bins << self.width_bits) + places
-        nearest = np.where(bins >= 0, bins, -(bins + 1)) << self.width_bits
-        nearest += bins < 0  # a negative bin ends at one below a multiple of the width: m is that multiple plus one
-        exponent = (x * x - nearest * nearest).astype(np.float64)
-        exponent *= -self._scale
-        chance = np.exp(exponent, out=exponent)
-        uniform = coins.astype(np.float64)
-        uniform *= 2.0**-64
-        accepted = uniform < chance
-        chance -= uniform
-        unclear = np.flatnonzero(np.abs(chance, out=chance) < _MARGIN)
-        if unclear.size:
-            more = stream.words64(unclear.size)
-            for i, low in zip(unclear, more, strict=True):
-                accepted[i] = self.accepts(int(x[i]), int(nearest[i]), int(coins[i]) << 64 | int(low))
-        return x[accepted]
+    def _proposals(self, stream: KeyStream, count: int) -> NDArray[np.int32]:
+        """The accepted ones of `count` proposals, all below 2^28 in magnitude."""
+        pieces = [slice(start, min(start + _PIECE, count)) for start in range(0, count, _PIECE)]
+        bins = self._bins.sample(stream, count)
+        proposed = np.empty(count, dtype=np.int32)
+        for piece in pieces:
+            places = stream.read(4 * (piece.stop - piece.start)).view("<u4")
+            proposed[piece] = places & np.uint32((1 << self.width_bits) - 1)
+        accepted = np.empty(count, dtype=np.bool_)
+        unclear: list[tuple[int, int, int]] = []
+        for piece in pieces:
+            bin_ = bins[piece].astype(np.int64)
+            x = bin_ << self.width_bits
+            x += proposed[piece]
+            proposed[piece] = x
+            nearest = np.maximum(bin_, ~bin_) << self.width_bits
+            nearest += bin_ < 0  # a negative bin ends at one below a multiple of the width: m is that multiple plus one
+            coins = stream.words64(piece.stop - piece.start)
+            x *= x
+            x -= nearest * nearest
+            chance = x.astype(np.float64)
+            chance *= -self._scale
+            np.exp(chance, out=chance)
+            uniform = coins.astype(np.float64)
+            uniform *= 2.0**-64
+            np.less(uniform, chance, out=accepted[piece])
+            chance -= uniform
+            for i in np.flatnonzero(np.abs(chance, out=chance) < _MARGIN):
+                unclear.append((piece.start + int(i), int(nearest[i]), int(coins[i])))
+        if unclear:
+            for (place, end, coin), low in zip(unclear, stream.words64(len(unclear)), strict=True):
+                accepted[place] = self.accepts(int(proposed[place]), end, coin << 64 | int(low))
+        return proposed[accepted]
 
     def accepts(self, x: int, nearest: int, coin: int) -> bool:
         """Whether coin / 2^128 < exp(-(x^2 - nearest^2) / (2 sigma^2)), to 60 decimal digits."""

@@ -21,6 +21,9 @@ from edge_sdk.errors import ParameterError
 F64 = NDArray[np.float64]
 MAX_BLOCK = 4096
 
+_PIECE_BLOCKS = 2
+"""Of 4096 coordinates: 64 KiB an array, so that the passes over a piece stay in a small cache."""
+
 
 def block_length(dimension: int) -> int:
     """The transform's length for vectors of `dimension` >= 1: a power of two, at most 4096."""
@@ -35,47 +38,70 @@ def rotate(vector: F64, seed: bytes) -> F64:
     seed: public, the same for all devices of a round: the ticket's hash. Honest data does not depend on it. A device
     that fits its vector to the seed can make its own group's sum wrap, which it could do by lying as well.
     """
-    signs, window_signs = _signs(vector.size, seed)
-    out = vector * signs
+    signs = _Signs(vector.size, seed)
+    out = vector.copy()
+    signs.flip(out, 0)
+    _transform_blocks(out)
     block = block_length(vector.size)
-    whole = vector.size // block * block
-    out[:whole] = _transform(out[:whole].reshape(-1, block)).reshape(-1)
-    if whole < vector.size:
-        out[-block:] = _transform((out[-block:] * window_signs).reshape(1, block)).reshape(-1)
+    if vector.size % block:
+        window = out[-block:]
+        signs.flip(window, vector.size)
+        _transform(window, block)
     return out
 
 
 def rotate_back(vector: F64, seed: bytes) -> F64:
     """The inverse of `rotate` with the same seed."""
-    signs, window_signs = _signs(vector.size, seed)
+    signs = _Signs(vector.size, seed)
     out = vector.copy()
     block = block_length(vector.size)
-    whole = vector.size // block * block
-    if whole < vector.size:
-        out[-block:] = _transform(out[-block:].reshape(1, block)).reshape(-1) * window_signs
-    out[:whole] = _transform(out[:whole].reshape(-1, block)).reshape(-1)
-    out *= signs
+    if vector.size % block:
+        window = out[-block:]
+        _transform(window, block)
+        signs.flip(window, vector.size)
+    _transform_blocks(out)
+    signs.flip(out, 0)
     return out
 
 
-def _signs(dimension: int, seed: bytes) -> tuple[F64, F64]:
-    """+1 or -1 for every coordinate, and for the last window: bits of one public stream, lowest bit of a byte first."""
-    total = dimension + block_length(dimension)
-    bits = np.unpackbits(KeyStream(tagged_hash("rotation", seed)).read(-(-total // 8)), bitorder="little")[:total]
-    signs: F64 = 1.0 - 2.0 * bits.astype(np.float64)
-    return signs[:dimension], signs[dimension:]
+class _Signs:
+    """+1 or -1 for every coordinate, and after them for the last window: bits of one public stream, lowest bit of a
+    byte first."""
+
+    def __init__(self, dimension: int, seed: bytes) -> None:
+        total = dimension + block_length(dimension)
+        self._bytes = KeyStream(tagged_hash("rotation", seed)).read(-(-total // 8))
+
+    def flip(self, values: F64, first: int) -> None:
+        """Multiply `values` by the signs from number `first` on, in place."""
+        step = _PIECE_BLOCKS * MAX_BLOCK
+        for start in range(0, values.size, step):
+            piece = values[start : start + step]
+            byte, bit = divmod(first + start, 8)
+            bits = np.unpackbits(self._bytes[byte : byte + step // 8 + 1], bitorder="little")[bit : bit + piece.size]
+            signs = bits.astype(np.float64)
+            signs *= -2.0
+            signs += 1.0
+            piece *= signs
 
 
-def _transform(rows: F64) -> F64:
-    """The orthonormal Walsh-Hadamard transform of each row, (k, block): H of n = p q is that of p times that of q.
+def _transform_blocks(vector: F64) -> None:
+    """The transform of each whole block of a vector, in place."""
+    block = block_length(vector.size)
+    step, whole = _PIECE_BLOCKS * block, vector.size // block * block
+    for start in range(0, whole, step):
+        _transform(vector[start : min(start + step, whole)], block)
 
-    Two matrix products instead of log2(n) passes over memory; 16 times fewer bytes moved at n = 4096.
+
+def _transform(vector: F64, block: int) -> None:
+    """The orthonormal Walsh-Hadamard transform of each of the blocks that `vector`, contiguous, is made of, in place.
+
+    H of n = p q is that of p times that of q: two matrix products instead of log2(n) passes over memory, 16 times fewer
+    bytes moved at n = 4096.
     """
-    count, block = rows.shape
     left = 1 << (block.bit_length() - 1) // 2
-    cube = rows.reshape(count, left, block // left)
-    product: F64 = np.matmul(_hadamard(left), np.matmul(cube, _hadamard(block // left)))
-    return product.reshape(count, block)
+    cube = vector.reshape(-1, left, block // left)
+    np.matmul(_hadamard(left), np.matmul(cube, _hadamard(block // left)), out=cube)
 
 
 @cache

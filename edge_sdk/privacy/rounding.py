@@ -17,13 +17,18 @@ from edge_sdk.errors import ParameterError
 F64 = NDArray[np.float64]
 MAX_TRIES = 512
 
+_PIECE = 1 << 13
+"""Coordinates at a time: 64 KiB an array, which stays in a small cache and leaves memory as it was."""
 
-def square_norm(vector: F64) -> float:
-    """The sum of a vector's squares, to 1 part in 1e13: numpy adds in pairs, so the error does not grow with d.
 
+def square_norm(vector: F64 | NDArray[np.int64], unit: float = 1.0) -> float:
+    """The sum of the squares of vector / unit, to 1 part in 1e13: numpy adds in pairs and fsum exactly, whatever d is.
+
+    vector: float64, or integers below 2^53 in magnitude.
     Not a product: BLAS adds one after the other, and its other threads spin for 20 ms after each call.
     """
-    return float(np.square(vector).sum())
+    pieces = (vector[start : start + _PIECE] for start in range(0, vector.size, _PIECE))
+    return math.fsum(float(np.square(piece / unit).sum()) for piece in pieces)
 
 
 def rounded_norm_bound(norm: float, dimension: int, beta: float) -> float:
@@ -46,11 +51,14 @@ def round_stochastically(values: F64, stream: KeyStream) -> NDArray[np.int64]:
     multiples of 2^-53 in [0, 1) and v within 2^-53 of `values` on the same grid, so that two neighbouring inputs can be
     coupled through one U (docs/privacy.md section 2.2). It is never drawn again.
     """
-    below = np.floor(values)
-    coins = (stream.words64(values.size) >> np.uint64(11)).astype(np.float64)
-    coins *= 2.0**-53
-    rounded: NDArray[np.int64] = below.astype(np.int64)
-    rounded += coins < values - below
+    rounded = np.empty(values.size, dtype=np.int64)
+    for start in range(0, values.size, _PIECE):
+        piece, out = values[start : start + _PIECE], rounded[start : start + _PIECE]
+        below = np.floor(piece)
+        coins = (stream.words64(piece.size) >> np.uint64(11)).astype(np.float64)
+        coins *= 2.0**-53
+        out[:] = below
+        out += coins < piece - below
     return rounded
 
 
@@ -63,7 +71,6 @@ def round_conditionally(values: F64, bound: float, stream: KeyStream) -> NDArray
     limit = bound * bound * (1 - 1e-9)  # above what float64 can lose in the sum of the squares
     for _ in range(MAX_TRIES):
         rounded = round_stochastically(values, stream)
-        as_float = rounded.astype(np.float64)
-        if square_norm(as_float) <= limit:
+        if square_norm(rounded) <= limit:
             return rounded
     raise ParameterError(f"no rounding of this vector has a norm below {bound}")
