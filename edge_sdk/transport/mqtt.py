@@ -164,7 +164,6 @@ class _Stream(ssl.SSLSocket):
 class _Context(ssl.SSLContext):
     """Remembers its last socket: paho leaves that of a failed handshake to the garbage collector."""
 
-    sslsocket_class = _Stream
     last: ssl.SSLSocket | None = None
 
     def wrap_socket(self, *args: Any, **kwargs: Any) -> ssl.SSLSocket:
@@ -391,7 +390,10 @@ class _Link(Generic[T]):
         self._subscribed = False
         self._refusal = None
         self._last_error = ""
-        context = None if self._credentials is None else self._credentials.context()
+        context = None
+        if self._credentials is not None:
+            context = self._credentials.context()
+            context.sslsocket_class = _Stream
         client = self._client(context)
         try:
             client.connect(self._host, self._port, keepalive=self._keepalive_s)
