@@ -28,7 +28,7 @@ round: $(DEMO_STAMP)
 	$(BIN)/python examples/one_round.py
 
 test: $(STAMP) mosquitto
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # The tests run on two brokers; without this one they say which tests were left out.
 mosquitto:
