@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from edge_sdk.errors import PeerError
-from edge_sdk.protocol.messages import Signed
+from edge_sdk.protocol.messages import Header, Signed
 from edge_sdk.transport.chunks import Download, check_chunk
 from edge_sdk.transport.wire import CHUNK_BYTES, BlobRef, Chunk, Pull
 
@@ -71,6 +71,8 @@ class Arrival:
     ref: BlobRef
     header: Signed | None
     tid: bytes | None
+    checked: Header | None = None
+    """The header's content, if its round has checked it."""
     download: Download | None = field(default=None, repr=False)
     """None while it waits."""
     last_s: float = 0.0
@@ -118,7 +120,15 @@ class Arrivals:
         return self.memory_bytes - self._free
 
     def ask(
-        self, device: str, ref: BlobRef, header: Signed | None, tid: bytes | None, now_s: float, limit: int = 4
+        self,
+        device: str,
+        ref: BlobRef,
+        header: Signed | None,
+        tid: bytes | None,
+        now_s: float,
+        limit: int = 4,
+        *,
+        checked: Header | None = None,
     ) -> None:
         """A device offers a blob. Asking again changes nothing, but for one that had left: it goes on where it was.
 
@@ -141,7 +151,7 @@ class Arrivals:
             for (other, _), arrival in (*self._granted.items(), *self._waiting.items()):
                 if other == device and arrival.tid == tid:
                     raise PeerError("another upload of this device for the same round is on its way")
-        self._waiting[key] = Arrival(device, ref, header, tid, last_s=now_s)
+        self._waiting[key] = Arrival(device, ref, header, tid, checked, last_s=now_s)
         self._of_device[device] += 1
 
     def holds(self, device: str, blob: bytes) -> bool:

@@ -608,13 +608,15 @@ class Server:
         if live is not None and frame.blob.size != live.upload_bytes:
             self._answer(device, Refusal(digest, "the upload has not the ticket's size", final=True))
             raise PeerError(f"upload: {frame.blob.size} bytes instead of {live.upload_bytes}")
-        if live is not None and not self._arrivals.holds(device, frame.blob.id):
+        if live is None or self._arrivals.holds(device, frame.blob.id):
+            checked = None  # and not needed: the header that came first stays
+        else:
             try:
-                live.round.check_header(frame.header)  # memory is for those who may contribute
+                checked = live.round.check_header(frame.header)  # memory is for those who may contribute
             except PeerError as error:
                 self._answer(device, Refusal(digest, str(error)[:512], final=True))
                 raise
-        self._arrivals.ask(device, frame.blob, frame.header, header.tid, now_s)
+        self._arrivals.ask(device, frame.blob, frame.header, header.tid, now_s, checked=checked)
 
     def _receipt_again(self, device: str, header: Header, digest: bytes, live: LiveRound | None) -> bool:
         """Answer with the receipt if this contribution was taken, also after the round: the first may be lost.
@@ -675,7 +677,9 @@ class Server:
             raise RoundAborted(f"upload: {refusal}")
         contribution = Contribution(signed, view[: live.masked_bytes], bytes(view[live.masked_bytes :]))  # type: ignore[arg-type]
         try:
-            accepted = aggregator.accept(live.state, contribution, self._identity, now_s, self._anchors)
+            accepted = aggregator.accept(
+                live.state, contribution, self._identity, now_s, self._anchors, checked=arrival.checked
+            )
         except LedgerForked:
             self._remember_fork(live, header)
             self._answer(device, Refusal(digest, "its ledger was rolled back or cloned: enrol it anew", final=True))

@@ -146,17 +146,25 @@ NO_ANCHORS = Anchors()
 
 
 def accept(
-    state: State, contribution: Contribution, coordinator: Identity, now_s: float, anchors: Anchors = NO_ANCHORS
+    state: State,
+    contribution: Contribution,
+    coordinator: Identity,
+    now_s: float,
+    anchors: Anchors = NO_ANCHORS,
+    *,
+    checked: Header | None = None,
 ) -> Accepted:
     """Check a contribution whole and take it. The same one again gives the same receipt.
 
     anchors: of the headers taken in earlier rounds. Members refuse a set with a device whose ledger was rolled back; a
     coordinator that refuses the device first loses no round to it, and tells it at once. On LedgerForked, a PeerError,
     the caller keeps `anchors.shown` with this header too: the members never see it, and the device stays out.
+    checked: what `state.round.check_header` gave for exactly this header, from a caller that asked before it took the
+    upload: a signature need not be verified twice.
     Raises PeerError that names what is wrong with it, RoundAborted if it comes late or over n_max.
     """
     round_ = state.round
-    header = round_.check_header(contribution.header)
+    header = round_.check_header(contribution.header) if checked is None else checked
     digest = message_hash(Header, contribution.header.body)
     receipt = sign(coordinator, Receipt(round_.tid, header.sender, digest))
     before = state.entries.get(header.sender) if isinstance(state, Collecting | Sealed | Certified) else None

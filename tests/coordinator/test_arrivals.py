@@ -143,3 +143,51 @@ def test_a_letters_chunks_are_proved_at_once_and_an_uploads_when_the_whole_is_wr
     assert uploads.add("a", blob.chunk(1), 0.0) is arrival
     assert arrival.download.data() == bytes([4]) * (CHUNK_BYTES + 5)
     assert not arrival.recheck()  # nothing was damaged: it is what its device sent
+
+
+def test_a_second_offer_of_a_blob_changes_neither_its_header_nor_what_was_checked():
+    blob, arrivals = BLOBS[4], Arrivals(1 << 20)
+    first, other = object(), object()
+    arrivals.ask("a", blob.ref, HEADER, b"", 0.0, checked=first)
+    arrivals.ask("a", blob.ref, Signed(b"x", bytes(64)), b"", 0.0, checked=other)
+    list(arrivals.pulls(0.0))
+    arrivals.ask("a", blob.ref, Signed(b"x", bytes(64)), b"", 0.0, checked=other)
+    arrivals.add("a", blob.chunk(0), 0.0)
+    arrival = arrivals.add("a", blob.chunk(1), 0.0)
+    assert (arrival.header, arrival.checked) == (HEADER, first)
+
+
+def test_an_upload_in_the_buffer_of_another_gives_nothing_of_it_out():
+    old, new = Blob.of(b"\1" * (CHUNK_BYTES + 5)), Blob.of(b"\2" * (CHUNK_BYTES + 5))
+    arrivals = Arrivals(1 << 20)
+    for device, blob in (("a", old), ("b", new)):
+        arrivals.ask(device, blob.ref, HEADER, b"", 0.0)
+        list(arrivals.pulls(0.0))
+        arrivals.add(device, blob.chunk(1), 0.0)
+        arrival = arrivals.add(device, blob.chunk(0), 0.0)
+        assert arrival.download.view() == blob._pieces.read(0, blob.ref.size)
+        arrivals.end(device, blob.ref.id)
+    assert arrivals._spare != []
+
+
+def test_buffers_that_are_kept_and_grants_take_no_more_memory_than_was_given():
+    size, arrivals = CHUNK_BYTES, Arrivals(4 * CHUNK_BYTES)
+    for k in range(4):
+        arrivals.ask(f"{k}", Blob.of(bytes([k]) * size).ref, HEADER, b"", 0.0, limit=1)
+    list(arrivals.pulls(0.0))
+    for k in range(4):
+        arrivals.end(f"{k}", Blob.of(bytes([k]) * size).ref.id)
+    assert len(arrivals._spare) == 4
+    arrivals.ask("letter", Blob.of(b"l" * (size + 1)).ref, None, None, 0.0)
+    list(arrivals.pulls(0.0))
+    assert sum(map(len, arrivals._spare)) + arrivals.granted_bytes <= arrivals.memory_bytes
+
+
+def test_what_nobody_touched_is_asked_for_again_when_its_time_comes():
+    arrivals = Arrivals(1 << 20)
+    arrivals.ask("a", BLOBS[4].ref, HEADER, b"", 0.0)
+    assert granted(arrivals, 0.0) == ["a"]
+    due_s = arrivals.due_s
+    assert granted(arrivals, due_s - 0.1) == []
+    assert granted(arrivals, due_s) == ["a"]
+    assert arrivals.due_s > due_s
