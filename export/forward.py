@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,17 +29,21 @@ class Forward:
 
     placeholder_of: qualified name -> placeholder; a tensor that goes by several names has one placeholder.
     constants: placeholder -> tensor.  examples: the placeholders of the inputs, in order.
+    written: the forward pass as torch.export gave it, in a form that is equal for equal ones.
     """
 
     graph: fx.Graph
     placeholder_of: Mapping[str, str]
     constants: Mapping[str, Tensor]
     examples: tuple[str, ...]
+    written: Hashable
 
 
-def capture_forward(model: nn.Module, inputs: Sequence[Tensor]) -> Forward:
+def capture_forward(model: nn.Module, inputs: Sequence[Tensor], known: Forward | None = None) -> Forward:
     """`model` on a batch: inputs (B, ...).
 
+    known: a capture of the same model in another mode, with the same inputs; where the modes do not differ, as for most
+    models in training and evaluation, it is the answer, and half of the time is saved.
     Raises UnsupportedModelError for control flow that depends on the data, randomness, BatchNorm in training mode,
     buffers that change, torch.no_grad inside forward, and outputs that are not tensors.
     """
@@ -61,6 +65,9 @@ def capture_forward(model: nn.Module, inputs: Sequence[Tensor]) -> Forward:
             raise UnsupportedModelError(
                 "the model returns a dict: return a tensor, or a tuple whose first is the output"
             )
+        written = _written(program)
+        if known is not None and known.written == written:
+            return known
         program = program.run_decompositions({})  # nothing is decomposed: it only makes the graph functional
     signature = program.graph_signature
     for name in (*signature.buffers_to_mutate.values(), *signature.parameters_to_mutate.values()):
@@ -80,7 +87,24 @@ def capture_forward(model: nn.Module, inputs: Sequence[Tensor]) -> Forward:
             node.target = aten.reshape.default
     placeholder_of = _join_aliases(model, graph, {name: node for node, name in named.items()})
     _keep_first_output(graph, signature.user_outputs)
-    return Forward(graph, placeholder_of, constants, tuple(signature.user_inputs))
+    return Forward(graph, placeholder_of, constants, tuple(signature.user_inputs), written)
+
+
+def _written(program: torch.export.ExportedProgram) -> Hashable:
+    """Operators and their arguments in order, nodes by number; what the inputs stand for; the constants' bytes."""
+    number: dict[fx.Node, int] = {}
+    lines = []
+    for node in program.graph.nodes:
+        args = fx.map_arg((node.args, dict(node.kwargs)), lambda n: f"\0{number[n]}")  # no operator takes such a string
+        lines.append((node.op, str(node.target), repr(args)))
+        number[node] = len(number)
+    inputs = tuple((i.kind.name, i.arg.name, i.target, i.persistent) for i in program.graph_signature.input_specs)
+    constants = tuple(
+        (name, str(value.dtype), tuple(value.shape), value.detach().flatten().view(torch.uint8).numpy().tobytes())
+        for name, value in sorted(program.constants.items())
+        if isinstance(value, Tensor)
+    )
+    return tuple(lines), inputs, constants
 
 
 def aliases(model: nn.Module) -> dict[str, str]:

@@ -139,7 +139,7 @@ class _Builder:
         self.trainable = [p for p in self.parameters if p.role in ("shared", "local")]
         if not any(p.role == "shared" for p in self.trainable):
             raise UnsupportedModelError("no parameter is shared: there is nothing to aggregate")
-        forward = capture_forward(spec.model, self.inputs)
+        self.forward = forward = capture_forward(spec.model, self.inputs)
         self.placeholder_of, self.constants = forward.placeholder_of, forward.constants
         self.example_nodes = list(forward.examples)
         trained = [self.placeholder_of[p.name] for p in self.trainable if p.name in self.placeholder_of]
@@ -255,7 +255,7 @@ class _Builder:
         simplify(train)
 
         # The same rules as in training: what PyTorch fuses in evaluation mode has no form in either back end.
-        answer = capture_forward(_copy_in_eval(self.spec.model), self.inputs)
+        answer = capture_forward(_copy_in_eval(self.spec.model), self.inputs, self.forward)
         recorder = Recorder(answer.graph, (), answer.examples)
 
         def forward(*flat: Tensor) -> Tensor:
