@@ -157,6 +157,10 @@ class Arrivals:
     def holds(self, device: str, blob: bytes) -> bool:
         return (device, blob) in self._granted or (device, blob) in self._waiting
 
+    def is_sending(self, device: str) -> bool:
+        """Whether a blob of it is on its way, or waits for a grant."""
+        return device in self._of_device
+
     def pulls(self, now_s: float) -> Iterator[tuple[str, Pull]]:
         """What to ask of whom now: grants to those that wait as far as memory goes, and what granted ones need."""
         self._free_stalled(now_s)

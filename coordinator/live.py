@@ -111,6 +111,8 @@ class LiveRound:
     saved: int = 0
     """Slots in the newest checkpoint."""
     full_at_s: float | None = None
+    reminder: Repeat | None = None
+    """When devices that have not contributed are told of the round again."""
     posts: dict[int, Post] = field(default_factory=dict)
     opening: Future[Opened] | None = None
     tried: tuple[int, bool] | None = None

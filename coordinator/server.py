@@ -97,6 +97,10 @@ MAX_LETTER_BYTES = 1 << 20
 SETTLE_S = 30.0
 """How long the members of a new epoch have to offer their first prekeys."""
 
+REMIND_S = 15.0
+"""A device that was told of a round and does not offer its upload is told again after this long, then twice as long: a
+frame may be lost, and by itself it asks every two minutes."""
+
 FRAMES_BETWEEN_PULLS = 16
 
 INLINE_TICKETS = 48 << 10
@@ -794,8 +798,12 @@ class Server:
         """The round's own next step, if it is due."""
         state, ticket = live.state, live.round.ticket
         if isinstance(state, Collecting):
+            if live.reminder is None:
+                live.reminder = rounds.Repeat.after(now_s, REMIND_S)
             if now_s >= rounds.seal_due_s(state, live.full_at_s, live.task.schedule.grace_s):
                 self._seal(live, state, now_s)
+            elif live.reminder.is_due(now_s) and live is self._open_round(live.task.name) and live.full_at_s is None:
+                self._remind(live)
         elif isinstance(state, Sealed):
             if now_s >= ticket.expires_s:
                 came, needed = len(state.signatures), live.round.thresholds.quorum
@@ -816,6 +824,14 @@ class Server:
                 running = self._tasks.get(ticket.task)
                 base = running.model if running is not None else None
                 live.opening = self._worker.submit(self._open, live, state, base, final)
+
+    def _remind(self, live: LiveRound) -> None:
+        """Welcome again who is there, may contribute and has neither done so nor begun to."""
+        taken = {messages.decode(Header, header.body).key.hex() for header in live.headers}
+        for device, present in self._present.items():
+            may = present.trains(live.task.name) and _takes_part(live.task, self._devices[device])
+            if may and device not in taken and not self._arrivals.is_sending(device):
+                self._welcome(device)
 
     def _seal(self, live: LiveRound, state: Collecting, now_s: float) -> None:
         result = aggregator.seal(state, self._identity, now_s)

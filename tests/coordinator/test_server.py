@@ -34,8 +34,21 @@ from edge_sdk.errors import TransportError
 from edge_sdk.protocol import messages
 from edge_sdk.protocol.messages import Complaint, Release, Signed, unwrap, wrap
 from edge_sdk.protocol.plan import delta_bits
+from edge_sdk.transport import Connected
 from edge_sdk.transport.memory import MemoryHub, chance
-from edge_sdk.transport.wire import Chunk, Leaving, Letter, Model, Prekeys, Pull, Upload, decode_up, encode_frame
+from edge_sdk.transport.wire import (
+    Chunk,
+    Leaving,
+    Letter,
+    Model,
+    Prekeys,
+    Pull,
+    Upload,
+    Welcome,
+    decode_down,
+    decode_up,
+    encode_frame,
+)
 
 DEVICES, HELPERS = 5, 3
 
@@ -168,6 +181,28 @@ def test_a_revoked_device_is_refused_at_once_and_out_of_the_next_epoch(tmp_path)
     fleet.run(lambda: any(isinstance(e, events.Refused) and e.device == revoked.name for e in fleet.events))
     fleet.run(fleet.saw(events.TaskDone))
     assert [e.devices for e in fleet.events if isinstance(e, events.EpochBegan)] == [6, 5]
+    fleet.close()
+
+
+def test_who_is_there_and_does_not_contribute_is_told_of_an_open_round_again_and_ever_less_often(tmp_path, monkeypatch):
+    monkeypatch.setattr("coordinator.server.REMIND_S", 0.5)
+    fleet = make(tmp_path, devices=4, n_max=4)
+    silent, done = fleet.devices[:2]
+    link = fleet.links.pop(silent.name)
+    for frame in silent.hello(fleet.clock()):
+        link.send(frame)
+    fleet.run(fleet.saw(events.RoundOpened))
+    opened_s, told = fleet.clock(), []
+    fleet.run(lambda: bool(done.receipts), seconds=0.02)
+    other = fleet.links.pop(done.name)
+    while fleet.clock() < opened_s + 3.9:
+        fleet.turn(0.02)
+        while (item := link.receive(0.0)) is not None:
+            if not isinstance(item, Connected) and isinstance(frame := decode_down(item), Welcome):
+                told += [fleet.clock() - opened_s] if frame.tasks[0].ticket is not None else []
+        while (item := other.receive(0.0)) is not None:
+            assert not isinstance(decode_down(item), Welcome)
+    assert told == pytest.approx([0.0, 0.5, 1.5, 3.5], abs=0.2)
     fleet.close()
 
 
