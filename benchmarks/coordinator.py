@@ -384,9 +384,7 @@ class RawMqtt:
             sizes.append(low | (0x80 if length else 0))
             if not length:
                 break
-        self._socket.sendall(bytes((kind,)) + bytes(sizes) + head)
-        if payload:
-            self._socket.sendall(payload)
+        self._socket.sendall(b"".join((bytes((kind,)), sizes, head, payload)))  # a head alone would be a record of TLS
 
     def _packet(self) -> tuple[int, bytes]:
         size, shift, at = 0, 0, 1
