@@ -125,10 +125,10 @@ class _Stream(ssl.SSLSocket):
         if self._buffer is None:
             self._buffer = memoryview(bytearray(READ_BYTES))
         self._begin = self._end = 0
-        self._end = got = self.recv_into(self._buffer)
+        self._end = got = self.recv_into(self._buffer, READ_BYTES)
         while got and self._end < READ_BYTES:
             try:
-                got = self.recv_into(self._buffer[self._end :])
+                got = self.recv_into(self._buffer[self._end :], READ_BYTES - self._end)
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 return
             except OSError as error:

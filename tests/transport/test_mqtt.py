@@ -25,7 +25,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from edge_sdk.errors import ParameterError, TransportError
 from edge_sdk.transport import Connected, Hub, Inbound, Lost, Transport, mqtt
 from edge_sdk.transport.mqtt import DOWN, UP, Backoff, Credentials, MqttHub, MqttTransport
-from edge_sdk.transport.wire import MAX_FRAME_BYTES, Leaving, encode_frame
+from edge_sdk.transport.wire import CHUNK_BYTES, MAX_FRAME_BYTES, Leaving, encode_frame
 
 DEADLINE_S = 30.0
 EAGER = Backoff(first_s=0.02, longest_s=0.1, refused_s=0.02, longest_refused_s=0.1)
@@ -611,6 +611,57 @@ def test_frames_that_share_a_record_of_tls_are_all_read_at_once(fake, closing, a
     device = device_on(closing, url, name, credentials=authority.issue(name), plaintext=False)
     device.until_connected()
     assert device.until(lambda seen: len(seen) >= 50) == [bytes([n]) for n in range(50)]
+
+
+def published(name: str, number: int, payload: bytes) -> bytes:
+    """A PUBLISH of QoS 1 to this device."""
+    body = len(DOWN + name).to_bytes(2, "big") + (DOWN + name).encode() + number.to_bytes(2, "big") + payload
+    length, left = bytearray(), len(body)
+    while left or not length:
+        left, low = divmod(left, 128)
+        length.append(low | (0x80 if left else 0))
+    return b"\x32" + bytes(length) + body
+
+
+def test_over_tls_more_than_is_read_at_once_comes_whole_and_each_frame_is_acknowledged(fake, closing, authority):
+    name, heard, done = fresh_name(), bytearray(), threading.Event()
+    frames = [bytes([n]) * (CHUNK_BYTES + n) for n in range(12)]
+    frames += [b"short %d" % n for n in range(40)]
+
+    def pouring(connection: socket.socket) -> None:
+        accepting(connection)
+        connection.sendall(b"".join(published(name, n + 1, frame) for n, frame in enumerate(frames)))
+        while not heard.endswith(b"\xe0\0") and (part := connection.recv(4096)):
+            heard.extend(part)
+        done.set()
+
+    broker = fake(over_tls(authority.issue("127.0.0.1", server=True), pouring))
+    url = broker.url.replace("mqtt:", "mqtts:")
+    device = device_on(closing, url, name, credentials=authority.issue(name), plaintext=False)
+    device.until_connected()
+    assert device.until(lambda seen: len(seen) >= len(frames)) == frames
+    device.link.close()
+    assert done.wait(DEADLINE_S)  # what was put off is written before the connection ends, and so is its end
+    assert heard == b"".join(b"\x40\2" + (n + 1).to_bytes(2, "big") for n in range(len(frames))) + b"\xe0\0"
+
+
+def test_what_came_before_tls_broke_is_not_lost(fake, closing, authority):
+    name = fresh_name()
+
+    def breaking(connection: ssl.SSLSocket) -> None:
+        accepting(connection)
+        connection.sendall(b"".join(published(name, n + 1, bytes([n])) for n in range(3)))
+        os.write(connection.fileno(), b"no record of TLS at all")
+
+    server = authority.issue("127.0.0.1", server=True)
+    broker = fake(over_tls(server, breaking), over_tls(server, accepting))
+    url = broker.url.replace("mqtt:", "mqtts:")
+    device = device_on(closing, url, name, credentials=authority.issue(name), plaintext=False)
+    device.until_connected()
+    seen = device.until(lambda seen: any(isinstance(item, Lost) for item in seen))
+    assert seen[:3] == [b"\0", b"\1", b"\2"]
+    assert "SSL" in seen[3].reason
+    device.until_connected()
 
 
 def test_a_certificate_that_the_broker_says_it_refuses_is_shown_less_often(fake, closing, authority, tmp_path):
