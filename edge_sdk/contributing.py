@@ -8,6 +8,7 @@ it sends the same bytes.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -284,12 +285,15 @@ class Contributing:
             return now() >= round_.ticket.closes_s or should_stop()
 
         vector, metrics, local = self._run(round_.ticket, mechanism, bundle, shared, stop)
+        del shared
+        _give_back()
         noisy = metrics if mechanism.metric_scale else None
         integers = encode(mechanism, vector, noisy, round_.tid, self._entropy(32))
         anchor = Anchor(*ledger.head)
         sent = training.contribute(integers, device, anchor, self._entropy(32), encapsulate, now())
         self._store.save_contribution(sent, local)
         self.state = sent
+        _give_back()
         return sent
 
     def _run(
@@ -381,6 +385,16 @@ class Contributing:
     def _settle(self, state: Idle) -> None:
         self._store.save_idle(state)
         self.state = state
+
+
+def _give_back() -> None:
+    """Let the kernel have what was freed, where the C library keeps it: glibc, which else grows by some megabytes with
+    each round, because a trainer's large blocks are carved from its heap once one of them was freed."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    trim(ctypes.c_size_t(0))
 
 
 def _nothing() -> Metrics:

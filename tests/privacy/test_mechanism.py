@@ -1,6 +1,7 @@
 """What devices send sums to the central Gaussian's answer, hides one unit as claimed, and is refused when ill-posed."""
 
 import math
+import tracemalloc
 from dataclasses import astuple, replace
 from decimal import Decimal, localcontext
 from fractions import Fraction
@@ -544,6 +545,30 @@ def test_the_same_entropy_sends_the_same_bytes(mechanism, metrics, digest):
     assert sha256(message.astype("<u4").tobytes()).hexdigest()[:16] == digest
     assert np.array_equal(message, encode(mechanism, vector, metrics, SEED, entropy(9)))
     assert np.array_equal(vector, kept)
+
+
+@pytest.mark.parametrize(("unit", "digest"), [("device", "031611ceabc5c863"), ("example", "0442f830bc3213e0")])
+def test_long_messages_are_the_same_bytes_however_they_are_cut_for_the_work(unit, digest):
+    """More coordinates than one chunk of noise, and a last piece and block that are not whole. The digests were made
+    when the whole vector was worked on at once."""
+    mechanism = Mechanism(unit, 70_001, 1.0, 1e-4, 2e4, 9, 24, 0.1, 2.0)
+    vector = KeyStream(bytes(32)).words64(70_001) / 2.0**63 - 1.0
+    message = encode(mechanism, vector, MetricSums(1.0, 0.75, 1.5, 1.0), SEED, entropy(9))
+    assert sha256(message.astype("<u4").tobytes()).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("unit", ["device", "example"])
+def test_encoding_takes_the_memory_of_two_vectors_and_two_megabytes(unit):
+    mechanism = Mechanism(unit, 500_000, 1.0, 1e-4, 2e4, 9, 24)
+    vector = np.full(500_000, 1e-3)
+    encode(mechanism, vector, None, SEED, entropy(9))  # makes the tables, which stay
+    tracemalloc.start()
+    try:
+        encode(mechanism, vector, None, SEED, entropy(9))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * vector.nbytes + 2_000_000  # and a chunk of noise
 
 
 def test_other_entropy_and_another_seed_give_other_noise():
