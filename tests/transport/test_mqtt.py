@@ -645,6 +645,27 @@ def test_over_tls_more_than_is_read_at_once_comes_whole_and_each_frame_is_acknow
     assert heard == b"".join(b"\x40\2" + (n + 1).to_bytes(2, "big") for n in range(len(frames))) + b"\xe0\0"
 
 
+def test_over_tls_short_and_long_frames_go_out_in_their_order(fake, closing, authority):
+    name, heard, done = fresh_name(), bytearray(), threading.Event()
+    frames = [bytes([n]) * (10 if n % 2 else CHUNK_BYTES - 1000 * n) for n in range(8)]
+
+    def listening(connection: socket.socket) -> None:
+        accepting(connection)
+        while not heard.endswith(frames[-1]) and (part := connection.recv(1 << 16)):
+            heard.extend(part)
+        done.set()
+
+    broker = fake(over_tls(authority.issue("127.0.0.1", server=True), listening))
+    url = broker.url.replace("mqtt:", "mqtts:")
+    device = device_on(closing, url, name, credentials=authority.issue(name), plaintext=False)
+    device.until_connected()
+    for frame in frames:
+        device.link.send(frame)
+    assert done.wait(DEADLINE_S)
+    expected = (published(name, n + 2, frame) for n, frame in enumerate(frames))  # the SUBSCRIBE was number 1
+    assert heard == b"".join(packet.replace(DOWN.encode(), UP.encode(), 1) for packet in expected)
+
+
 def test_what_came_before_tls_broke_is_not_lost(fake, closing, authority):
     name = fresh_name()
 
