@@ -1,4 +1,8 @@
-"""The process that device_footprint.py measures: a `Device` against files. Prints one JSON object."""
+"""The process that device_footprint.py measures: a `Device` against files. Prints one JSON object.
+
+With --steps a table of what is resident after each step of the rounds goes to stderr: in all, what of it is this
+process's own ("own": RssAnon) and what the kernel can drop at will because it is on disk ("file": RssFile).
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,16 @@ import sys
 import time
 import zipfile
 from collections import deque
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 
 import edge_sdk.transport.mqtt  # noqa: F401  # a device has it loaded
-from edge_sdk import events
+from edge_sdk import contributing, events
 from edge_sdk.bundle import SIGNATURE, Bundle
 from edge_sdk.config import Config
 from edge_sdk.crypto.hashing import content_hash
@@ -26,9 +33,11 @@ from edge_sdk.enrolment import Membership
 from edge_sdk.ledger import create_ledger
 from edge_sdk.privacy.mechanism import METRICS
 from edge_sdk.protocol import authority, member
+from edge_sdk.protocol.contributor import Training as ProtocolTraining
 from edge_sdk.protocol.messages import Header, NoisePlan, Receipt, Signed, Ticket, Work, decode, encode, sign, wrap
 from edge_sdk.protocol.messages import message_hash as hash_of
 from edge_sdk.protocol.rounds import sign_ticket
+from edge_sdk.store import Store
 from edge_sdk.transport import Connected, Lost
 from edge_sdk.transport.chunks import Blob, chunk_count
 from edge_sdk.transport.wire import (
@@ -68,11 +77,42 @@ coordinator = {{epsilon = 100.0, delta = 1e-6}}
 
 
 def resident_mb(field: str) -> float:
-    """VmRSS or VmHWM of this process, MB."""
+    """A field of this process's /proc/self/status in kB, such as VmRSS, as MB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return round(int(line.split()[1]) * 1024 / MB, 1)
     raise OSError(f"the kernel does not tell {field}")
+
+
+def say_resident(step: str) -> None:
+    """One line of the table."""
+    total, own, file, peak = (resident_mb(field) for field in ("VmRSS", "RssAnon", "RssFile", "VmHWM"))
+    sys.stderr.write(f"{step:24} {total:6.1f}  own {own:5.1f}  file {file:5.1f}  peak {peak:6.1f}\n")
+
+
+def say_steps() -> None:
+    """From here on every step of a round says what is resident after it."""
+
+    def saying(step: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(call)
+        def stepped(*given: object, **named: object) -> object:
+            result = call(*given, **named)
+            say_resident(step)
+            return result
+
+        return stepped
+
+    parts: list[tuple[Any, str, str]] = [
+        (contributing, "read_parameters", "parameters read"),
+        (Store, "local", "graph loaded"),  # what is asked for next
+        (contributing.Contributing, "_train", "trained"),
+        (contributing.Contributing, "_run", "trainer freed"),
+        (contributing, "encode", "encoded"),
+        (ProtocolTraining, "contribute", "masked"),
+        (Store, "save_contribution", "stored"),
+    ]
+    for owner, name, step in parts:
+        setattr(owner, name, saying(step, getattr(owner, name)))
 
 
 class Files:
@@ -184,7 +224,10 @@ class Files:
         """Nothing to close."""
 
 
-def main(bundle: Path, folder: Path) -> None:
+def main(bundle: Path, folder: Path, *, steps: bool) -> None:
+    if steps:
+        say_resident("imported")
+        say_steps()
     folder.mkdir(mode=0o700)
     seed = os.urandom(32)
     (folder / "identity.key").write_bytes(seed)
@@ -215,6 +258,8 @@ def main(bundle: Path, folder: Path) -> None:
 
     def on_event(event: events.Event) -> None:
         nonlocal started_s
+        if steps and isinstance(event, events.Updated | events.Training | events.Delivered):
+            say_resident(type(event).__name__.lower())
         if isinstance(event, events.Updated):
             found["rss_idle_mb"] = resident_mb("VmRSS")  # online, with the model on disk, and nothing to do
         if isinstance(event, events.Training):
@@ -225,11 +270,14 @@ def main(bundle: Path, folder: Path) -> None:
             number = next(rounds, None)
             if number is None:
                 found["rss_after_mb"] = resident_mb("VmRSS")
+                found["own_after_mb"] = resident_mb("RssAnon")
                 device.stop()
             else:
                 world.open(number)
                 world.inbox.append(encode_frame(world.welcome()))
 
+    if steps:
+        say_resident("other end and examples")
     device = Device(folder, Config(), on_event=on_event, connect=lambda: world)
     device.register(TASK, (inputs, labels))
     device.run()
@@ -241,5 +289,7 @@ def main(bundle: Path, folder: Path) -> None:
     print(json.dumps(found))
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+def run(arguments: list[str]) -> None:
+    """What device_footprint.py starts. arguments: the bundle, a directory to make, and perhaps --steps."""
+    bundle, folder, *options = arguments
+    main(Path(bundle), Path(folder), steps="--steps" in options)
