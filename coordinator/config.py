@@ -87,7 +87,7 @@ class Config(_Table, frozen=True):
         try:
             return cls.from_toml(path.read_text(encoding="utf-8"), str(path))
         except FileNotFoundError as error:
-            raise ParameterError(f"{path} is missing: `edge-coordinator --dir {directory} init` makes it") from error
+            raise ParameterError(f"{path} is missing: `edge-coordinator init --dir {directory}` makes it") from error
         except (OSError, UnicodeDecodeError) as error:
             raise ParameterError(f"{path}: {error}") from error
 

@@ -105,7 +105,8 @@ def _join(options: argparse.Namespace) -> int:
         _print(membership)
     else:
         _tell(f"{membership.role} {membership.device} of {membership.fleet}")
-        _tell(f"what it may do is in {options.dir / 'policy.toml'}: read it")
+        if membership.role == "device":  # a helper has no data, and so no policy
+            _tell(f"what it may do is in {options.dir / 'policy.toml'}: read it")
     return 0
 
 
