@@ -51,7 +51,7 @@ CURVE = 1_000
 """Held-out examples for each point of the curve; the last model is measured on all."""
 
 SILENCE_S = 120.0
-"""No event for so long, and the demo gives up."""
+"""No event of the coordinator for so long, and the demo gives up."""
 
 
 @dataclass
@@ -120,6 +120,7 @@ class Demo:
         self.said: queue.Queue[Said] = queue.Queue()
         self.processes: dict[str, Process] = {}
         self.progress = Progress(self.task.rounds)
+        self.heard_s = time.monotonic()
         self.home = folder / "coordinator"
 
     def run(self) -> int:
@@ -181,11 +182,14 @@ class Demo:
                 return said.line
 
     def next_said(self) -> Said:
-        """What any process says next. Raises RuntimeError if all are silent for too long."""
+        """What any process says next. Raises RuntimeError if the coordinator has been silent for too long."""
         try:
-            return self.said.get(timeout=SILENCE_S)
+            said = self.said.get(timeout=max(0.0, self.heard_s + SILENCE_S - time.monotonic()))
         except queue.Empty:
             raise RuntimeError(f"nothing happened for {SILENCE_S:.0f} s: see the logs in {self.folder}") from None
+        if said.who == "coordinator":
+            self.heard_s = time.monotonic()
+        return said
 
     def train(self, live: Live) -> None:
         """Follow the coordinator until the task is done, and pull plugs on the way."""
@@ -240,11 +244,12 @@ class Demo:
         alone = baselines.alone(self.bundle, parts, some, recipe)
         points = [
             picture.Point(
-                line["model"], accuracy, line["metrics"].get("accuracy", float("nan")),
+                line["model"], reached[line["model"] - 1], line["metrics"].get("accuracy", float("nan")),
                 line["spent"]["readers"], line["spent"]["coordinator"],
             )
-            for line, accuracy in zip(self.progress.published, reached, strict=True)
+            for line in self.progress.published  # not of a model whose announcement a kill cut off
         ]  # fmt: skip
+        last = self.progress.published[-1]["spent"]
         wanted, most = TARGETS[self.name]
         drawn, exported = self.folder / "accuracy-and-epsilon.png", self.folder / "model.onnx"
         title = f"{DEVICES} devices, {self.name}: clipped, noised and masked on the device"
@@ -252,12 +257,13 @@ class Demo:
         from export.model import inference_onnx, trained_parameters
 
         exported.write_bytes(inference_onnx(self.bundle, trained_parameters(self.bundle, models[-1])))
-        accuracy, spent = reached[-1], points[-1].readers
+        accuracy, spent = reached[-1], last["readers"]
         self.console.print(
             f"\nheld out  [bold]{accuracy:.1%}[/] with privacy, {plain:.1%} without, "
-            f"{np.median(alone):.1%} on average for a device that trains alone\n"
-            f"epsilon   [bold]{spent:.2f}[/] against readers of the models and {points[-1].coordinator:.2f} against "
-            f"the coordinator, at delta {privacy.delta:g} by PLD; the unit is one example\n"
+            f"{np.median(alone):.1%} in the middle of devices that train alone\n"
+            f"epsilon   [bold]{spent:.2f}[/] ({last['readers_method'].upper()}) against readers of the models, "
+            f"{last['coordinator']:.2f} ({last['coordinator_method'].upper()}) against the coordinator, "
+            f"at delta {privacy.delta:g}; the unit is one example\n"
             f"          authority and coordinator are one process here, so an honest coordinator is assumed\n"
             f"took      {trained_s:.0f} s for {self.task.rounds} models; "
             f"{len(KILLS)} processes were killed, {self.progress.aborted} rounds aborted\n\n"
@@ -265,7 +271,7 @@ class Demo:
         )
         (self.folder / "result.json").write_text(
             json.dumps({"data": self.name, "accuracy": accuracy, "plain": plain, "alone": alone, "readers": spent,
-                        "coordinator": points[-1].coordinator, "delta": privacy.delta, "seconds": trained_s}) + "\n"
+                        "coordinator": last["coordinator"], "delta": privacy.delta, "seconds": trained_s}) + "\n"
         )  # fmt: skip
         if accuracy < wanted or not spent <= most:
             self.console.print(
