@@ -100,6 +100,40 @@ def test_the_installed_core_runs_a_round(installed, tmp_path):
     assert done.stdout == "True\n", done.stderr
 
 
+EVERY_MODULE = """
+import importlib, json, pkgutil, sys
+import edge_sdk
+
+names = [module.name for module in pkgutil.walk_packages(edge_sdk.__path__, "edge_sdk.")]
+for name in names:
+    importlib.import_module(name)
+roots = {name.partition(".")[0] for name in sys.modules}
+others = {"torch", "onnx", "onnxscript", "executorch", "sqlalchemy", "dp_accounting", "scipy", "coordinator", "export"}
+print(json.dumps({"file": edge_sdk.__file__, "names": names, "others": sorted(others & roots)}))
+"""
+
+
+def test_every_module_of_a_device_imports_with_a_devices_dependencies_alone(installed, tmp_path):
+    done = run(installed, tmp_path, "-c", EVERY_MODULE)
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout)
+    assert Path(got["file"]).is_relative_to(installed.parent.parent)  # the wheel's, not the checkout's
+    in_the_checkout = {path.relative_to(ROOT).with_suffix("") for path in (ROOT / "edge_sdk").rglob("*.py")}
+    in_the_checkout = {path.parent if path.name == "__init__" else path for path in in_the_checkout}
+    assert set(got["names"]) == {".".join(path.parts) for path in in_the_checkout} - {"edge_sdk"}
+    assert got["others"] == []
+
+
+@pytest.mark.parametrize(("command", "verbs"), [("edge-device", "join,run,once"), ("edge-helper", "join,run")])
+def test_the_commands_of_a_device_and_of_a_helper_run_where_there_is_no_torch(installed, tmp_path, command, verbs):
+    without = run(installed, tmp_path, "-c", "import torch")
+    assert "No module named 'torch'" in without.stderr
+    done = run(installed.parent / command, tmp_path, "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"usage: {command}" in done.stdout
+    assert f"{{{verbs}" in done.stdout
+
+
 def test_the_export_command_says_what_to_install(installed, tmp_path):
     tool = installed.parent / "edge-export"
     assert run(tool, tmp_path, "--help").returncode == 0
