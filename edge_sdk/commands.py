@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from edge_sdk.privacy.ledger_entry import Usage
 
 DEFAULT_DIRECTORY = Path("sordino-device")
+
+
+class _StdoutClosed(Exception):
+    """Whoever read stdout has gone. Not an OSError: in a callback that one would be a fault to report."""
 
 
 def device_main(arguments: Sequence[str] | None = None) -> int:
@@ -86,9 +91,19 @@ def _main(
     }[options.command]  # fmt: skip
     try:
         return run(options)
+    except _StdoutClosed:
+        return _without_stdout()
     except (SordinoError, OSError) as error:
+        if isinstance(error.__cause__, _StdoutClosed):  # an event's line
+            return _without_stdout()
         sys.stderr.write(f"{parser.prog}: {error}\n")
         return 1
+
+
+def _without_stdout() -> int:
+    """Quietly, as other tools end in a pipe. What is buffered would be tried again, and complained about, at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
+    return 1
 
 
 def _join(options: argparse.Namespace) -> int:
@@ -223,8 +238,15 @@ def _print(found: Any) -> None:
 
 
 def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    if sys.stdout is None:  # it was closed before we began
+        raise OSError("stdout: it is closed")
+    try:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        raise _StdoutClosed from error
+    except OSError as error:
+        raise OSError(f"stdout: {error.strerror or error}") from error
 
 
 def _tell(line: str) -> None:

@@ -63,6 +63,10 @@ class WakeUp:
         return sum(isinstance(event, kind) for event in self.events)
 
 
+class CallbackFailed(SordinoError):
+    """`on_event` or `conditions` raised: the embedding program's fault. `__cause__` is what it raised."""
+
+
 def _nothing(event: Event) -> None:
     """The hook that hears nothing."""
 
@@ -70,6 +74,45 @@ def _nothing(event: Event) -> None:
 def _always() -> str | None:
     """Conditions that always allow training."""
     return None
+
+
+class _Callbacks:
+    """What the embedding program has us call. An OSError of its own (a full log, a closed pipe) would look like our
+    disk's or the network's, which are tried again for ever; so what a callback raises is kept, and ends the run when
+    the turn is over: nothing that is half done is cut short."""
+
+    def __init__(self, on_event: Callable[[Event], None], conditions: Callable[[], str | None]) -> None:
+        self._on_event, self._conditions = on_event, conditions
+        self._failure: CallbackFailed | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether one raised. None is called again."""
+        return self._failure is not None
+
+    def emit(self, event: Event) -> None:
+        if not self.failed:
+            try:
+                self._on_event(event)
+            except Exception as error:  # noqa: BLE001  # it is raised by `check`
+                self._fail("on_event", error)
+
+    def conditions(self) -> str | None:
+        if not self.failed:
+            try:
+                return self._conditions()
+            except Exception as error:  # noqa: BLE001  # it is raised by `check`
+                self._fail("conditions", error)
+        return "a callback failed"
+
+    def check(self) -> None:
+        """Raises CallbackFailed if one raised."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _fail(self, name: str, error: Exception) -> None:
+        self._failure = CallbackFailed(f"{name}: {type(error).__name__}: {error}")
+        self._failure.__cause__ = error
 
 
 @dataclass
@@ -96,7 +139,8 @@ class Device:
 
         on_event: called with every event, in the thread that runs.  conditions: why this device may not train now (not
         charging, too warm), or None; asked before a round and between batches.  connect: another transport than MQTT.
-        clock, entropy: for tests. Raises ParameterError on a device.toml that cannot be read.
+        clock, entropy: for tests.  What on_event or conditions raises ends `run` and `run_once`, as CallbackFailed.
+        Raises ParameterError on a device.toml that cannot be read.
         """
         self.directory = Path(directory)
         self.config = Config.read(self.directory) if config is None else config
@@ -134,21 +178,26 @@ class Device:
         self._stop.set()
 
     def run(self) -> None:
-        """Be a device until `stop`. Raises ParameterError if it has not joined, StoreDamaged, LedgerDamaged."""
-        with self._loop(self._on_event) as loop:
+        """Be a device until `stop`.
+
+        Raises ParameterError if it has not joined, StoreDamaged, LedgerDamaged, CallbackFailed.
+        """
+        callbacks = _Callbacks(self._on_event, self._conditions)
+        with self._loop(callbacks, self._stop.is_set) as loop:
             looked_s = -RENEWAL_S
-            while not self._stop.is_set():
+            while not (self._stop.is_set() or callbacks.failed):
                 if self._clock.monotonic_s() - looked_s >= RENEWAL_S:
                     looked_s = self._clock.monotonic_s()
-                    self._renew()
+                    self._renew(callbacks.emit)
                 loop.turn(PATIENCE_S)
             loop.leave()
+        callbacks.check()
 
     def run_once(self, max_seconds: float = 300.0, *, linger_s: float = LINGER_S) -> WakeUp:
         """One wake-up: connect, say hello, do what is due, leave. For cron, timers and phone job schedulers.
 
         max_seconds: leave by then, also in the middle of training (nothing is lost but the training).  linger_s: stay
-        so long after the last frame came.
+        so long after the last frame came.  Errors as `run`.
         """
         seen: list[Event] = []
 
@@ -156,6 +205,7 @@ class Device:
             seen.append(event)
             self._on_event(event)
 
+        callbacks = _Callbacks(note, self._conditions)
         started_s = self._clock.monotonic_s()
         ends_s = started_s + max_seconds
 
@@ -163,9 +213,9 @@ class Device:
             return self._stop.is_set() or self._clock.monotonic_s() >= ends_s
 
         reason = ""
-        self._renew()
-        with self._loop(note, over) as loop:
-            while not reason:
+        self._renew(callbacks.emit)
+        with self._loop(callbacks, over) as loop:
+            while not (reason or callbacks.failed):
                 left_s = ends_s - self._clock.monotonic_s()
                 quiet_s = self._clock.monotonic_s() - loop.last_frame_s
                 if self._stop.is_set():
@@ -179,6 +229,7 @@ class Device:
                     until_quiet_s = linger_s - quiet_s if loop.welcomed and not loop.busy else PATIENCE_S
                     loop.turn(min(left_s, PATIENCE_S, max(until_quiet_s, 0.0)))
             loop.leave()
+        callbacks.check()
         return WakeUp(reason, round(self._clock.monotonic_s() - started_s, 3), tuple(seen))
 
     def predict(self, task: str, *inputs: Any) -> F32:
@@ -198,7 +249,7 @@ class Device:
         return read_outcomes(self.directory)
 
     @contextmanager
-    def _loop(self, emit: Callable[[Event], None], over: Callable[[], bool] | None = None) -> Iterator[Loop]:
+    def _loop(self, callbacks: _Callbacks, over: Callable[[], bool]) -> Iterator[Loop]:
         from edge_sdk.enrolment import Membership
 
         membership = Membership.read(self.directory)
@@ -238,16 +289,16 @@ class Device:
                     would_serve=self.config.serve or helper,
                     clock=self._clock,
                     entropy=self._entropy,
-                    conditions=self._conditions,
-                    emit=emit,
-                    stopping=over or self._stop.is_set,
+                    conditions=callbacks.conditions,
+                    emit=callbacks.emit,
+                    stopping=lambda: callbacks.failed or over(),
                 )
             )
             stack.callback(loop.close)
             try:
                 yield loop
             except TransportError as error:
-                emit(events.Offline(str(error)))
+                callbacks.emit(events.Offline(str(error)))
                 raise
 
     def _mqtt(self, membership: Membership) -> Transport:
@@ -256,7 +307,7 @@ class Device:
         credentials = Credentials(self.directory / "ca.pem", self.directory / "tls.pem", self.directory / "tls.key")
         return MqttTransport(self.config.broker or membership.broker, membership.device, credentials)
 
-    def _renew(self) -> None:
+    def _renew(self, emit: Callable[[Event], None]) -> None:
         """A fresh certificate, if the old one nears its end. Without one it goes on with the old."""
         from edge_sdk import enrolment
 
@@ -267,7 +318,7 @@ class Device:
                 enrolment.renew(self.directory)
         except (SordinoError, OSError) as error:
             log.warning("the certificate could not be renewed: %s", error)
-            self._on_event(events.Warned(f"the certificate could not be renewed: {error}"))
+            emit(events.Warned(f"the certificate could not be renewed: {error}"))
 
     def _jitter(self) -> float:
         return int.from_bytes(self._entropy(4), "little") / 2**32

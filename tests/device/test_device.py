@@ -17,7 +17,8 @@ from edge_sdk import contributing, events
 from edge_sdk.bundle import write_bundle
 from edge_sdk.checkup import ledger_summary
 from edge_sdk.crypto.identity import Identity
-from edge_sdk.errors import ParameterError
+from edge_sdk.device import CallbackFailed
+from edge_sdk.errors import ParameterError, PeerError, TransportError
 from edge_sdk.protocol import aggregator
 from edge_sdk.protocol.messages import Abort, Header, Signed, decode, encode, message_hash, sign, wrap
 from edge_sdk.store import read_outcomes
@@ -778,3 +779,69 @@ class TestSecrets:
         for file in path.rglob("*"):
             if file.name not in given_by_the_test:
                 assert file.stat().st_mode & 0o077 == 0, file
+
+
+def raising_at(at: int, error: Exception):
+    """An on_event that raises at the `at`th event, from 1, and what it heard."""
+    heard: list[events.Event] = []
+
+    def on_event(event: events.Event) -> None:
+        heard.append(event)
+        if len(heard) == at:
+            raise error
+
+    return on_event, heard
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "gone"), TransportError("mine"), PeerError("mine"), KeyError(1)])
+@pytest.mark.parametrize("way", ["run", "run_once"])
+def test_what_on_event_raises_comes_out_as_the_callbacks_at_any_event(tmp_path, error, way):
+    world = World(tmp_path)
+    path = world.directory()
+    world.ticket()
+    for at in range(1, 6):
+        on_event, heard = raising_at(at, error)
+        with pytest.raises(CallbackFailed, match=f"on_event: {type(error).__name__}") as caught:
+            getattr(world.device(path, on_event=on_event), way)()
+        assert caught.value.__cause__ is error
+        assert len(heard) == at  # it is not called again
+    report = world.device(path).run_once(60)
+    assert report.reason == "done"
+    lifetime = ledger_summary(path).lifetime
+    assert (lifetime.rounds_entered, lifetime.rounds_sent, len(world.taken)) == (1, 1, 1)
+
+
+def test_conditions_that_raise_are_not_taken_for_the_disk(tmp_path):
+    world = World(tmp_path)
+    path = world.directory()
+    world.ticket()
+
+    def conditions() -> str | None:
+        raise FileNotFoundError(2, "no such sensor")
+
+    with pytest.raises(CallbackFailed, match=r"conditions: FileNotFoundError: .*no such sensor"):
+        world.device(path, conditions=conditions).run_once(60)
+    assert world.heard_of(Upload) == []
+    assert read_outcomes(path) == {}  # the round was not refused: it is entered when the sensor is back
+    world.device(path).run_once(60)
+    assert len(world.taken) == 1
+
+
+def test_conditions_that_raise_between_two_batches_end_the_training_and_the_run(tmp_path):
+    world = World(tmp_path)
+    path = world.directory()
+    world.ticket()
+    asked = []
+
+    def conditions() -> str | None:
+        asked.append(None)
+        if len(asked) == 2:
+            raise OSError("the gauge is stuck")
+        return None
+
+    with pytest.raises(CallbackFailed, match="the gauge is stuck"):
+        world.device(path, conditions=conditions).run_once(60)
+    assert len(asked) == 2
+    assert world.heard_of(Upload) == []
+    world.device(path).run_once(60)
+    assert len(world.taken) == 1

@@ -227,6 +227,51 @@ def test_sigterm_ends_a_service_in_good_order(lived):
     assert json.loads(line)["event"] == "offline"
 
 
+@pytest.mark.parametrize("command", [("run",), ("once", "--max-seconds", "60"), ("status",), ("doctor",), ("ledger",)])
+def test_a_closed_stdout_ends_any_command_quietly(lived, command):
+    (lived / "device.toml").write_text('broker = "mqtts://127.0.0.1:1"\n')
+    make_certificates(lived)
+    readable, writable = os.pipe()
+    os.close(readable)
+    with os.fdopen(writable, "wb") as stdout:
+        ended = subprocess.run(
+            [sys.executable, "-m", "edge_sdk", *command, "--dir", str(lived), "--json"],
+            stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert ended.returncode == 1, ended.stderr
+    assert "Broken pipe" not in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert call(main, "status", "--dir", str(lived)).code == 0
+
+
+def test_a_closed_stdout_ends_a_helper_too(tmp_path):
+    path = World(tmp_path).directory(role="helper")
+    (path / "device.toml").write_text('broker = "mqtts://127.0.0.1:1"\n')
+    make_certificates(path)
+    readable, writable = os.pipe()
+    os.close(readable)
+    with os.fdopen(writable, "wb") as stdout:
+        ended = subprocess.run(
+            [sys.executable, "-m", "edge_sdk.helper", "run", "--dir", str(path), "--json"],
+            stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert (ended.returncode, "Broken pipe" in ended.stderr) == (1, False), ended.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full here")
+def test_a_stdout_that_cannot_be_written_is_named_and_is_not_retried_as_a_network(lived):
+    (lived / "device.toml").write_text('broker = "mqtts://127.0.0.1:1"\n')
+    make_certificates(lived)
+    for command in ("run", "status"):
+        with open("/dev/full", "wb") as stdout:
+            ended = subprocess.run(
+                [sys.executable, "-m", "edge_sdk", command, "--dir", str(lived), "--json"],
+                stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+            )  # fmt: skip
+        assert ended.returncode == 1
+        assert "stdout: No space left on device" in ended.stderr
+
+
 def make_certificates(path) -> None:
     """A CA of a test and a certificate of it for this device."""
     import datetime as dt
