@@ -21,10 +21,8 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from coordinator.broker import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, MAX_PACKET_BYTES, PATIENCE_S, STEADY_S, Listener
-from coordinator.ca import COORDINATOR
+from coordinator.broker.rules import Refusals, allowed
 from edge_sdk.errors import ParameterError
-from edge_sdk.transport import DEVICE_NAME
-from edge_sdk.transport.mqtt import DOWN, UP
 
 log = logging.getLogger("sordino.broker")
 
@@ -32,17 +30,8 @@ START_S = 20.0
 END_S = 10.0
 CONNECT_S = 10.0
 
-
-def allowed(name: str, topic: str, action: Action) -> bool:
-    """The topic rules, for a certificate's CN."""
-    if name == COORDINATOR:
-        if action is Action.SUBSCRIBE:
-            return topic == UP + "+"
-        prefix = UP if action is Action.RECEIVE else DOWN
-        return topic.startswith(prefix) and DEVICE_NAME.match(topic[len(prefix) :]) is not None
-    if not DEVICE_NAME.match(name):
-        return False
-    return topic == (UP if action is Action.PUBLISH else DOWN) + name
+_refusals = Refusals()
+"""amqtt makes its plugins itself: there is no other way to hand them one."""
 
 
 class TopicRules(BaseAuthPlugin, BaseTopicPlugin):  # type: ignore[misc]  # amqtt is untyped
@@ -56,9 +45,9 @@ class TopicRules(BaseAuthPlugin, BaseTopicPlugin):  # type: ignore[misc]  # amqt
     ) -> bool | None:
         if session is None or session.client_id is None or topic is None or action is None:
             return False
-        if allowed(session.client_id, topic, action):
+        if allowed(session.client_id, topic, action.value):
             return True
-        log.warning("%s may not %s %r: refused", session.client_id[:16], action.value, topic[:128])
+        _refusals.topic(session.client_id, action.value, topic)
         return False
 
 
@@ -81,7 +70,7 @@ class _Handshake(ssl.SSLObject):
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):  # it goes on
             raise
         except ssl.SSLError as error:
-            log.warning("a client was refused in its TLS handshake: %s", error)
+            _refusals.say("", f"a client was refused in its TLS handshake: {error}")
             raise
 
 
@@ -120,7 +109,7 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
         name = None if session.ssl_object is None else _peer_name(session.ssl_object)
         reason = self._refusal(name, session)
         if reason is not None:
-            log.warning("%s from %s refused: %s", (name or "a stranger")[:16], remote_address, reason)
+            _refusals.say(name or "", f"{(name or 'a stranger')[:16]} from {remote_address} refused: {reason}")
             session.parent = 0
             handler.attach(session, reader, writer)
             await handler.mqtt_connack_authorize(authorize=False)
@@ -139,7 +128,7 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
             return "it was revoked"
         if session.client_id != name:
             return "its client id is not its certificate's CN"
-        if session.will_flag and not allowed(name, session.will_topic or "", Action.PUBLISH):
+        if session.will_flag and not allowed(name, session.will_topic or "", "publish"):
             return f"its will is for {(session.will_topic or '')[:128]!r}"
         return None
 
