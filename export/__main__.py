@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,9 @@ from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError, SordinoError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from export.build import Built
     from export.check import Kink
 
 
@@ -86,9 +89,9 @@ def _publisher(path: Path) -> Identity:
 
 def _build(options: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.table import Table
 
-    from export.build import BACK_ENDS, build, load_spec
+    from export.build import BACK_ENDS, build, load_spec, stages
+    from export.timing import RUNTIMES, entry_times
 
     console = Console(stderr=True)
     back_ends = tuple(name.strip() for name in options.backends.split(",") if name.strip())
@@ -97,7 +100,9 @@ def _build(options: argparse.Namespace) -> int:
         raise ParameterError(f"there is no back end {unknown[0]!r}: {', '.join(BACK_ENDS)}")
     publisher = _publisher(options.key)
     start = time.perf_counter()
-    with console.status("loading the model") as status:
+    graphs = [stage for stage in stages(back_ends) if stage not in _STAGES]
+    with _Progress(console, 1 + len(stages(back_ends)) + len(graphs)) as begin:
+        begin("loading the model")
         spec = load_spec(options.source)
         built = build(
             spec,
@@ -106,30 +111,13 @@ def _build(options: argparse.Namespace) -> int:
             batch=options.batch,
             proximal=options.proximal,
             back_ends=back_ends,
-            progress=lambda stage: status.update({"capture": "capturing the training step"}.get(stage, stage)),
+            progress=lambda stage: begin(_STAGES.get(stage, f"making {stage}")),
         )
-        status.update("timing a step")
-        step_ms = _step_ms(built.bundle, publisher.public_key)
+        bundle = Bundle.read(built.bundle, publisher.public_key)
+        ms = entry_times(bundle, lambda entry: begin(f"timing {entry}"))
     _write(options.out, built.bundle)
-    bundle = Bundle.read(built.bundle, publisher.public_key)
-    table = Table(
-        title=f"{spec.name}: unit {options.unit}, batch {options.batch}",
-        caption="\n".join(f"[bold yellow]{warning}[/]" for warning in built.warnings) or None,
-    )
-    for heading, justify in (("parameter", "left"), ("shape", "left"), ("role", "left"), ("gradients", "left")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    reports = {row.parameter: row for row in built.step.report}
-    for parameter in built.step.parameters:
-        row = reports.get(parameter.name)
-        how = "" if row is None else f"{'fast' if row.path == 'fast' else '[bold yellow]FALLBACK[/]'}: {row.reason}"
-        table.add_row(parameter.name, "x".join(map(str, parameter.value.shape)), parameter.role, how)
-    console.print(table)
     slow = [row for row in built.step.report if row.path == "fallback"]
-    for row in slow:
-        console.print(
-            f"[bold yellow]{row.parameter}[/] has no fast rule ({row.reason}): its gradients are exact, but cost one "
-            "backward pass for each example."
-        )
+    _show(console, f"{spec.name}: unit {options.unit}, batch {options.batch}", built, ms)
     result = {
         "bundle": str(options.out),
         "hash": bundle.hash.hex(),
@@ -137,35 +125,94 @@ def _build(options: argparse.Namespace) -> int:
         "dimension": bundle.dimension,
         "bytes": len(built.bundle),
         "entries": built.sizes,
+        "gradients": {row.parameter: {"path": row.path, "reason": row.reason} for row in built.step.report},
         "fallback": [row.parameter for row in slow],
         "warnings": built.warnings,
-        "step_ms": step_ms,
+        "step_ms": {RUNTIMES[Path(entry).suffix]: ms[entry] for entry in ms if entry.startswith("train")},
+        "predict_ms": {RUNTIMES[Path(entry).suffix]: ms[entry] for entry in ms if entry.startswith("predict")},
         "build_s": round(time.perf_counter() - start, 1),
     }
     _print(
         options,
         result,
-        f"{options.out}: {len(built.bundle):,} bytes, {bundle.dimension:,} shared parameters, one step "
-        f"{', '.join(f'{ms} ms in {name}' for name, ms in step_ms.items())}\nbundle {bundle.hash.hex()}",
+        f"{options.out}: {len(built.bundle):,} bytes, {bundle.dimension:,} shared parameters\n"
+        f"bundle {bundle.hash.hex()}",
     )
     return 0
 
 
-def _step_ms(data: bytes, publisher: bytes) -> dict[str, float]:
-    """Median milliseconds of one training step on one thread, for the reader's orientation."""
-    import statistics
+_STAGES = {"capture": "capturing the training step", "sign": "signing"}
 
-    from edge_sdk.training.onnx import OnnxEngine
-    from export.check import batch_of, bound
 
-    bundle = Bundle.read(data, publisher)
-    step, _ = bound(bundle, OnnxEngine(bundle, threads=1).load("train"), batch_of(bundle, 0))
-    times = []
-    for _ in range(15):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return {"onnxruntime": round(1e3 * statistics.median(times[5:]), 3)}
+class _Progress:
+    """A bar on a terminal that is gone at the end; in a file or a pipe a line for each stage."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        self._console = console
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self._bar = Progress(
+            *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
+        )
+        self._task = self._bar.add_task("", total=total)
+        self._begun = 0
+
+    def __enter__(self) -> Callable[[str], None]:
+        self._bar.start()
+        return self._begin
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def _begin(self, stage: str) -> None:
+        self._bar.update(self._task, description=stage, completed=self._begun)
+        self._begun += 1
+        if not self._console.is_terminal:
+            print(f"edge-export: {stage}", file=sys.stderr, flush=True)
+
+
+def _show(console: Console, title: str, built: Built, ms: dict[str, float]) -> None:
+    """What was built: how each parameter's gradients are had; then the file's entries and what each graph takes."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from export.timing import RUNTIMES
+
+    table = Table(
+        title=escape(title),
+        caption="\n".join(f"[bold yellow]{escape(warning)}[/]" for warning in built.warnings) or None,
+    )
+    for heading in ("parameter", "shape", "role", "gradients"):
+        table.add_column(heading, overflow="fold")
+    reports = {row.parameter: row for row in built.step.report}
+    for parameter in built.step.parameters:
+        row = reports.get(parameter.name)
+        how = ""
+        if row is not None:
+            how = f"{'fast' if row.path == 'fast' else '[bold yellow]FALLBACK[/]'}: {escape(row.reason)}"
+        shape = "x".join(map(str, parameter.value.shape)) or "scalar"
+        table.add_row(escape(parameter.name), shape, parameter.role, how)
+    console.print(table)
+    slow = [row for row in built.step.report if row.path == "fallback"]
+    for row in slow:
+        console.print(
+            f"[bold yellow]{escape(row.parameter)}[/] has no fast rule ({escape(row.reason)}): its gradients are "
+            "exact, but cost one backward pass for each example."
+        )
+    entries = Table(
+        title="the bundle",
+        caption=f"ms: one run on a batch of {built.manifest.batch}, one thread of this machine; train: a training step",
+        show_footer=True,
+    )
+    entries.add_column("entry", "the whole file")
+    entries.add_column("bytes", f"{len(built.bundle):,}", justify="right")
+    entries.add_column("run time")
+    entries.add_column("ms", justify="right")
+    for name, size in built.sizes.items():
+        timed = (RUNTIMES[Path(name).suffix], f"{ms[name]:.3f}") if name in ms else ("", "")
+        entries.add_row(name, f"{size:,}", *timed)
+    console.print(entries)
 
 
 def _read(path: Path, publisher: str | None) -> Bundle:

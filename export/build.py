@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import platform
 import sys
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -55,6 +57,7 @@ class Built:
     step: CapturedStep
     manifest: Manifest
     sizes: dict[str, int]
+    """Bytes of every entry, in the bundle's order. The file is their sum and the archive's headers."""
     warnings: tuple[str, ...] = ()
     """What the builder should know, though the bundle is good; one sentence or two each."""
 
@@ -106,24 +109,26 @@ def build(
     """A signed bundle of `spec`: the same bytes for the same source and tools.
 
     unit: the privacy unit; "example" clips inside the graph, "device" takes plain SGD steps.  batch: examples in one
-    run of the graph.  proximal: FedProx's term, for unit "device".  back_ends: "onnx" is always among them.
+    run of the graph.  proximal: FedProx's term, for unit "device".  back_ends: "onnx" is always among them.  progress:
+    is told each of `stages(back_ends)` as it begins.
     Raises UnsupportedModelError that names a layer and a remedy, ParameterError on options that do not go together.
     """
     if proximal and unit != "device":
         raise ParameterError("the proximal term belongs to local steps: unit 'device' only")
     progress("capture")
     step = capture(spec, unit, batch, proximal)
-    progress("onnx")
-    graphs = {
-        TRAIN_ONNX: train_to_onnx(step),
-        PREDICT_ONNX: to_onnx(step.predict, step.predict_example, step.predict_inputs, ["output"]),
-    }
+    graphs = {}
+    progress(TRAIN_ONNX)
+    graphs[TRAIN_ONNX] = train_to_onnx(step)
+    progress(PREDICT_ONNX)
+    graphs[PREDICT_ONNX] = to_onnx(step.predict, step.predict_example, step.predict_inputs, ["output"])
     tools = {"python": platform.python_version(), **{name: _public(name) for name in ("torch", "onnx", "onnxscript")}}
     if "executorch" in back_ends:
+        progress(TRAIN_PTE)
         from export.to_executorch import to_executorch  # its import alone takes seconds
 
-        progress("executorch")
         graphs[TRAIN_PTE] = to_executorch(step.train, step.train_example)
+        progress(PREDICT_PTE)
         graphs[PREDICT_PTE] = to_executorch(step.predict, step.predict_example)
         tools["executorch"] = _public("executorch")
     progress("sign")
@@ -148,8 +153,18 @@ def build(
     )
     values = {p.name: p.value.numpy() for p in step.parameters}
     bundle = write_bundle(draft, graphs, values, publisher)
-    sizes = {name: len(content) for name, content in graphs.items()}
-    return Built(bundle, step, draft, sizes, tuple(_warnings(unit, batch)))
+    return Built(bundle, step, draft, _entry_sizes(bundle), tuple(_warnings(unit, batch)))
+
+
+def stages(back_ends: Sequence[BackEnd]) -> tuple[str, ...]:
+    """What `build` goes through, in order: "capture", each graph's entry, "sign"."""
+    programs = (TRAIN_PTE, PREDICT_PTE) if "executorch" in back_ends else ()
+    return ("capture", TRAIN_ONNX, PREDICT_ONNX, *programs, "sign")
+
+
+def _entry_sizes(bundle: bytes) -> dict[str, int]:
+    with zipfile.ZipFile(io.BytesIO(bundle)) as archive:
+        return {entry.filename: entry.file_size for entry in archive.infolist()}
 
 
 def _warnings(unit: Unit, batch: int) -> Iterator[str]:

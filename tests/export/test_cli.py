@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -80,7 +81,45 @@ def test_build_says_what_it_made(built):
     assert said["dimension"] == 6 * 5 + 5 + 5 * 3 + 3
     assert said["fallback"] == []
     assert said["warnings"] == []
-    assert set(said["entries"]) == {"train.onnx", "predict.onnx"}
+    assert said["gradients"]["0.weight"] == {"path": "fast", "reason": "outer, 1 use"}
+    assert set(said["step_ms"]) == set(said["predict_ms"]) == {"onnxruntime"}
+    assert min(*said["step_ms"].values(), *said["predict_ms"].values()) > 0
+
+
+def test_build_gives_the_size_of_every_entry_and_of_the_file(built):
+    folder, said = built
+    with zipfile.ZipFile(folder / "tiny.bundle") as archive:
+        assert said["entries"] == {name: len(archive.read(name)) for name in archive.namelist()}
+    assert set(said["entries"]) >= {"train.onnx", "predict.onnx", "parameters.safetensors"}
+    assert said["bytes"] == (folder / "tiny.bundle").stat().st_size > sum(said["entries"].values())
+
+
+def test_the_table_shows_each_entry_with_its_size_and_its_graphs_time_within_80_columns(built, monkeypatch):
+    folder, said = built
+    monkeypatch.setenv("COLUMNS", "80")
+    done = edge_export(folder, "build", "tiny.py:build", "--key", "publisher.key", "--out", "shown.bundle")
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = {cells[0].strip(): cells[1:] for cells in (line.strip("│ ").split("│") for line in lines) if cells[1:]}
+    sizes = {name: int(rows[name][0].replace(",", "")) for name in (*said["entries"], "the whole file")}
+    assert sizes == {**said["entries"], "the whole file": said["bytes"]}
+    for name in ("train.onnx", "predict.onnx"):
+        assert rows[name][1].strip() == "onnxruntime"
+        assert float(rows[name][2]) > 0
+    assert [cell.strip() for cell in rows["0.weight"]] == ["5x6", "shared", "fast: outer, 1 use"]
+
+
+def test_in_a_pipe_each_stage_is_a_line_on_stderr_and_stdout_is_the_result_alone(built):
+    folder, _ = built
+    done = edge_export(folder, "build", "tiny.py:build", "--key", "publisher.key", "--out", "piped.bundle")
+    said = [line.removeprefix("edge-export: ") for line in done.stderr.splitlines() if line.startswith("edge-export: ")]
+    assert said == [
+        "loading the model", "capturing the training step", "making train.onnx", "making predict.onnx", "signing",
+        "timing train.onnx", "timing predict.onnx",
+    ]  # fmt: skip
+    assert len(done.stdout.splitlines()) == 2
+    assert "\x1b" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -126,9 +165,12 @@ def test_check_compares_the_run_times_and_fails_past_the_tolerance(built):
 def test_check_runs_executorch_beside_onnxruntime(built):
     pytest.importorskip("executorch")
     folder, _ = built
-    both = ("--backends", "onnx,executorch")
+    both = ("--backends", "onnx,executorch", "--json")
     done = edge_export(folder, "build", "tiny.py:build", "--key", "publisher.key", "--out", "both.bundle", *both)
     assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert {"train.pte", "predict.pte"} <= set(said["entries"])
+    assert set(said["step_ms"]) == set(said["predict_ms"]) == {"onnxruntime", "executorch"}
     checked = edge_export(folder, "check", "both.bundle", "tiny.py:build", "--json")
     assert checked.returncode == 0, checked.stderr
     rows = [json.loads(line) for line in checked.stdout.splitlines()]
