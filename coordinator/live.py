@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import Future
@@ -23,6 +24,8 @@ from edge_sdk.protocol.messages import Certificate, Delivery, Header, Seal, Seal
 from edge_sdk.protocol.rounds import Round, split_shares
 from edge_sdk.transport.chunks import Blob, chunk_count, parcel_of
 from edge_sdk.transport.wire import INLINE_BYTES, Letter, encode_frame
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT_SLOTS = 64
 """Uploads after which the running sums are written down: a restart reads no more than these."""
@@ -163,16 +166,39 @@ class LiveRound:
     def sums_of_sealed(self, groups: Sequence[Sequence[int]]) -> dict[int, NDArray[np.uint32]]:
         """Per group that is not empty, the sum of exactly its senders: the running sum less who was left out.
 
-        Raises StoreError if a vector that is to be taken out again is not what came.
+        Where a vector that is to be taken out again is no longer what came, its group is summed anew without it.
+        Raises StoreError if another one that this needs is damaged, too.
         """
         wanted = {sender for senders in groups for sender in senders}
         result = {group: self.sums[group].copy() for group, senders in enumerate(groups) if senders}
         epoch, count = self.round.epoch, self.round.groups
+        spoiled = set()
         for slot, sender in enumerate(self.slots):
             group = epoch.group_of(sender, count)
-            if sender not in wanted and group in result:
-                result[group] -= self.round.layout.from_bytes(self.vectors.read(slot, 0, self.masked_bytes))
+            if sender in wanted or group not in result or group in spoiled:
+                continue
+            try:
+                result[group] -= self.round.layout.from_bytes(self._masked(slot))
+            except StoreError as error:
+                log.error("%s. It is left out of the sum anyway, which is made anew without it", error)
+                spoiled.add(group)
+        for group in spoiled:
+            result[group][...] = 0
+        for slot, sender in enumerate(self.slots):
+            group = epoch.group_of(sender, count)
+            if sender in wanted and group in spoiled:
+                result[group] += self.round.layout.from_bytes(self._masked(slot))
         return result
+
+    def _masked(self, slot: int) -> bytes:
+        """The masked vector in a slot. Raises StoreError if it is not what its sender signed."""
+        masked = self.vectors.read(slot, 0, self.masked_bytes)
+        if content_hash(masked) != messages.decode(Header, self.headers[slot].body).masked:
+            raise StoreError(
+                f"round {self.tid.hex()[:16]}: the vector in slot {slot} of {self.vectors.path} is not what its sender "
+                "signed: the disk is damaged; end the round with skip-round, or restore the file"
+            )
+        return masked
 
     def restore(self, rows: Sequence[ContributionRow], checkpoint: tuple[int, bytes] | None) -> None:
         """After a restart: the newest checkpoint, and what came since, each vector held against its header.
@@ -191,12 +217,7 @@ class LiveRound:
         self.headers = [messages.decode(Signed, row.header or b"") for row in rows]
         for row in rows[self.saved :]:
             header = messages.decode(Header, self.headers[row.slot].body)
-            masked = self.vectors.read(row.slot, 0, self.masked_bytes)
-            if content_hash(masked) != header.masked:
-                raise StoreError(
-                    f"round {self.tid.hex()[:16]}: the vector in slot {row.slot} is not what its sender signed: the "
-                    "disk is damaged; end the round with skip-round, or restore the file"
-                )
+            masked = self._masked(row.slot)
             self._add(header.group, masked)
 
     # --- letters to members
@@ -282,8 +303,8 @@ class LiveRound:
                 shares = split_shares(self.round, messages.decode(Header, header.body), data)
             except PeerError as error:  # they were checked when they came
                 raise StoreError(
-                    f"round {self.tid.hex()[:16]}: the shares in slot {slot} are not what their sender signed: the "
-                    f"disk is damaged; end the round with skip-round, or restore the file ({error})"
+                    f"round {self.tid.hex()[:16]}: the shares in slot {slot} of {self.vectors.path} are not what their "
+                    f"sender signed: the disk is damaged; end the round with skip-round, or restore the file ({error})"
                 ) from error
             self._remember(slot, shares)
         return shares

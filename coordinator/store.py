@@ -815,13 +815,16 @@ class Vectors:
     slot_bytes: int
 
     def __post_init__(self) -> None:
-        path = self.directory / "vectors"
-        fresh = not path.exists()
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fresh = not self.path.exists()
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._dirty = False
         if fresh:
             os.fsync(self._fd)
             sync_directory(self.directory)
+
+    @property
+    def path(self) -> Path:
+        return self.directory / "vectors"
 
     def write(self, slot: int, data: bytes | memoryview) -> None:
         """One upload. It is not on disk before `sync`. Raises ParameterError on another slot or size."""
@@ -848,7 +851,7 @@ class Vectors:
         wanted = self.slot_bytes - start if length is None else length
         data = os.pread(self._fd, wanted, slot * self.slot_bytes + start)
         if len(data) != wanted:
-            raise StoreError(f"{self.directory}/vectors ends before slot {slot} does")
+            raise StoreError(f"{self.path} ends before slot {slot} does")
         return data
 
     def save_sums(self, slots: int, sums: bytes) -> bytes:
