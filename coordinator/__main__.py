@@ -598,7 +598,7 @@ def _model_export(options: argparse.Namespace) -> int:
 
     import numpy as np
 
-    from edge_sdk.enrolment import write_whole
+    from edge_sdk.files import write_whole
 
     if options.out.suffix not in (".npy", ".f32"):
         raise ParameterError(f"--out {options.out}: .npy, or .f32 for the bare little-endian numbers")

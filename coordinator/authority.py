@@ -18,8 +18,9 @@ from msgspec import Meta
 from coordinator.config import AuthorityTable, check_authority, decode_toml
 from coordinator.store import EpochRow, Store
 from edge_sdk.crypto.identity import Identity, check_signature
-from edge_sdk.enrolment import HexKey, write_once, write_whole
+from edge_sdk.enrolment import HexKey
 from edge_sdk.errors import ParameterError, PeerError
+from edge_sdk.files import write_once, write_whole
 from edge_sdk.protocol import messages
 from edge_sdk.protocol.authority import FIRST, FleetEpoch, Roster, draw, freeze
 from edge_sdk.protocol.messages import MAX_GROUPS, MAX_MEMBERS, MAX_ROSTER, Frozen, Signed, verify

@@ -20,8 +20,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from edge_sdk.crypto.hashing import content_hash
-from edge_sdk.enrolment import private_pem, tls_key, write_once, write_whole
+from edge_sdk.enrolment import private_pem, tls_key
 from edge_sdk.errors import ParameterError, PeerError
+from edge_sdk.files import write_once, write_whole
 
 COORDINATOR = "coordinator"
 """CN of the coordinator's client certificate. A device's is 64 hexadecimal digits, so none can have it."""

@@ -26,8 +26,9 @@ from coordinator.events import Event
 from coordinator.server import Server
 from coordinator.store import Store, StoreError
 from edge_sdk.crypto.identity import Identity
-from edge_sdk.enrolment import Admission, EnrolRequest, RenewRequest, private_directory, write_once
+from edge_sdk.enrolment import Admission, EnrolRequest, RenewRequest, private_directory
 from edge_sdk.errors import ParameterError
+from edge_sdk.files import write_once
 from edge_sdk.transport.mqtt import Credentials, MqttHub
 
 log = logging.getLogger("sordino.coordinator")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import binascii
 import datetime as dt
-import fcntl
 import http.client
 import os
 import queue
@@ -35,6 +34,7 @@ from msgspec import Meta
 from edge_sdk.crypto.hashing import content_hash, frame, tagged_hash
 from edge_sdk.crypto.identity import KEY_BYTES, Identity
 from edge_sdk.errors import ParameterError, PeerError, TransportError
+from edge_sdk.files import open_locked, write_once, write_whole
 from edge_sdk.ledger import create_ledger
 from edge_sdk.policy import default_policy_toml
 
@@ -309,27 +309,6 @@ def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
-def write_once(path: Path, data: bytes, *, mode: int = 0o600) -> bool:
-    """Make the file, whole and durable, unless there is one: a key is never replaced. Returns whether it was made."""
-    if path.exists():
-        return False
-    fresh = _fresh(path, data, mode)
-    try:
-        os.link(fresh, path)  # unlike a rename, this never replaces a file
-    except FileExistsError:
-        return False
-    finally:
-        fresh.unlink()
-    _sync_directory(path.parent)
-    return True
-
-
-def write_whole(path: Path, data: bytes, *, mode: int = 0o600) -> None:
-    """Make or replace the file: whoever reads it, also after a power cut, sees the old or the new one, whole."""
-    os.replace(_fresh(path, data, mode), path)
-    _sync_directory(path.parent)
-
-
 def private_directory(directory: Path) -> None:
     """Make the directory, or see that only its owner can read it. Raises ParameterError if others can."""
     try:
@@ -343,34 +322,13 @@ def private_directory(directory: Path) -> None:
         raise ParameterError(f"{directory}: {error.strerror or error}") from error
 
 
-def _fresh(path: Path, data: bytes, mode: int) -> Path:
-    fresh = path.with_name(path.name + ".new")
-    fresh.unlink(missing_ok=True)  # of a try that was cut short
-    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return fresh
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """One join at a time: two would make two identities and spend the token for the one that is lost."""
     private_directory(directory)
-    handle = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    handle = open_locked(directory, os.O_RDONLY, f"another process is joining in {directory}")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-    except BlockingIOError as error:
-        raise ParameterError(f"another process is joining in {directory}") from error
     finally:
         os.close(handle)
 

@@ -8,13 +8,13 @@ cannot make those after it look like the rest of an unfinished one.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
 from edge_sdk.errors import ParameterError
+from edge_sdk.files import open_locked, write_all, write_once
 from edge_sdk.privacy.ledger_entry import (
     MAX_ENTRY_BYTES,
     Account,
@@ -49,19 +49,9 @@ def create_ledger(path: Path, owner: bytes) -> None:
     """
     if len(owner) != _OWNER_BYTES:
         raise ParameterError(f"a ledger's owner is a public key of {_OWNER_BYTES} bytes, not {len(owner)}")
-    fresh = path.with_name(path.name + ".new")
     # Its owner's alone: it says which rounds this device took part in.
-    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-        file.write(_header(owner))
-        file.flush()
-        os.fsync(file.fileno())
-    try:
-        os.link(fresh, path)  # unlike a rename, this never replaces a ledger
-    except FileExistsError as error:
-        raise ParameterError(f"there is a ledger at {path.name} already") from error
-    finally:
-        fresh.unlink()
-    _sync_directory(path.parent)
+    if not write_once(path, _header(owner), mode=0o600):
+        raise ParameterError(f"there is a ledger at {path.name} already")
 
 
 class Ledger:
@@ -80,11 +70,10 @@ class Ledger:
         """Bytes of an unfinished record that opening cut off. Their append never returned, so nothing was sent."""
         self._links = [first_link(owner)]
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            self._file = open_locked(path, os.O_RDWR, f"another process has the ledger {path.name} open")
         except FileNotFoundError as error:
             raise LedgerDamaged(f"there is no ledger at {path.name}: what this device spent is unknown") from error
         try:
-            self._lock(path)
             self._load(owner)
         except BaseException:
             self.close()
@@ -171,9 +160,7 @@ class Ledger:
         link = next_link(self._links[-1], body)
         record = _record(body, link)
         try:
-            written = 0
-            while written < len(record):
-                written += os.write(self._file, record[written:])
+            write_all(self._file, record)
             os.fsync(self._file)
         except BaseException:
             # After a failed fsync the kernel may have dropped the pages and a second one would succeed: only reading
@@ -182,12 +169,6 @@ class Ledger:
             raise
         self._links.append(link)
         self.account.record(entry)
-
-    def _lock(self, path: Path) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ParameterError(f"another process has the ledger {path.name} open") from error
 
     def _load(self, owner: bytes) -> None:
         data = _read_all(self._file)
@@ -234,11 +215,3 @@ def _read_all(file: int) -> bytes:
     while part := os.read(file, 1 << 20):
         parts.append(part)
     return b"".join(parts)
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -13,7 +13,6 @@ What is read is rebuilt through the constructors that check it, so a file that w
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -31,6 +30,7 @@ from edge_sdk.crypto.hashing import content_hash
 from edge_sdk.crypto.sealing import PREKEY_SEED_BYTES
 from edge_sdk.crypto.shamir import PRIME
 from edge_sdk.errors import ParameterError, PeerError, SordinoError
+from edge_sdk.files import open_locked, write_whole
 from edge_sdk.protocol.anchors import Anchored, Anchors
 from edge_sdk.protocol.authority import FleetEpoch
 from edge_sdk.protocol.contributor import Contribution, Idle, Sent
@@ -126,9 +126,9 @@ class Store:
         self._owner, self._fleet = owner, fleet
         self._outbox = directory / "outbox"
         self._epochs: dict[bytes, tuple[FleetEpoch, Signed]] = {}
-        self._lock = os.open(directory / "state.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        busy = "another process works with this device's directory"
+        self._lock = open_locked(directory / "state.lock", os.O_RDWR | os.O_CREAT, busy)
         try:
-            _lock(self._lock)
             self._outbox.mkdir(mode=0o700, exist_ok=True)
             self._db = _open(directory / "state.db")
         except BaseException:
@@ -212,7 +212,7 @@ class Store:
         When this returns they are durable. local: name -> float32 array; may be empty.
         """
         round_, ticket = sent.round, sent.round.ticket
-        _write_file(self.outbox_path(round_.tid), sent.contribution.masked, sent.contribution.shares)
+        write_whole(self.outbox_path(round_.tid), sent.contribution.masked, sent.contribution.shares)
         with self._transaction():
             self._keep_epoch(round_.epoch)
             self._run(
@@ -557,28 +557,6 @@ def _open(path: Path) -> sqlite3.Connection:
             raise StoreDamaged(f"state.db: {error}") from error
         raise
     return database
-
-
-def _lock(file: int) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ParameterError("another process works with this device's directory") from error
-
-
-def _write_file(path: Path, *parts: bytes) -> None:
-    """A new file with these contents, durable when this returns. A row names it afterwards."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(file, "wb") as stream:
-        for part in parts:
-            stream.write(part)
-        stream.flush()
-        os.fsync(stream.fileno())
-    directory = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _changed(before: Mapping[K, V], after: Mapping[K, V]) -> list[tuple[K, V]]:

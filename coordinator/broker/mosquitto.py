@@ -25,8 +25,8 @@ from collections.abc import Collection, Iterable
 from coordinator.broker import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, MAX_PACKET_BYTES, PATIENCE_S, STEADY_S, Listener
 from coordinator.broker.rules import Refusals, allowed
 from coordinator.ca import COORDINATOR
-from edge_sdk.enrolment import write_whole
 from edge_sdk.errors import ParameterError
+from edge_sdk.files import write_whole
 
 log = logging.getLogger("sordino.broker")
 

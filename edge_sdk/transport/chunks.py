@@ -19,6 +19,7 @@ from typing import overload
 from edge_sdk.crypto.hashing import HASH_BYTES, tagged_hash
 from edge_sdk.crypto.merkle import MerkleTree, root_of
 from edge_sdk.errors import ParameterError, PeerError
+from edge_sdk.files import sync_directory, write_at
 from edge_sdk.transport.wire import CHUNK_BYTES, INLINE_BYTES, MAX_BLOB_BYTES, MAX_PULL, BlobRef, Chunk, Parcel, Pull
 
 RETRY_S = 5.0
@@ -384,9 +385,9 @@ class FileDownload(Receiving):
         if self._fds is None:
             raise ParameterError("the download was closed")
         data, proofs = self._fds
-        _write(data, chunk.data, chunk.index * CHUNK_BYTES)
+        write_at(data, chunk.data, chunk.index * CHUNK_BYTES)
         slot = bytes([1 + len(chunk.proof)]) + b"".join(chunk.proof)
-        _write(proofs, slot, chunk.index * self._slot_bytes)
+        write_at(proofs, slot, chunk.index * self._slot_bytes)
 
     def _is_there(self, data: int, proofs: int, index: int) -> bool:
         slot = os.pread(proofs, self._slot_bytes, index * self._slot_bytes)
@@ -406,7 +407,7 @@ class FileDownload(Receiving):
             raise ParameterError("the download was closed")
         os.fsync(self._fds[0])
         os.replace(self._part, self.path)
-        _sync_directory(self.path.parent)
+        sync_directory(self.path.parent)
         self.close()
         self._clear()
 
@@ -424,21 +425,6 @@ def _is_blob(path: Path, ref: BlobRef) -> bool:
     blob = Blob.from_file(path)
     blob.close()
     return blob.ref == ref
-
-
-def _write(fd: int, content: bytes, offset: int) -> None:
-    view = memoryview(content)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _close(*fds: int) -> None:

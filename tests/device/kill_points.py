@@ -18,7 +18,6 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from scripted import World  # noqa: E402
 
 import edge_sdk.training.onnx  # noqa: E402, F401  (once, not in every child)
-from edge_sdk import store  # noqa: E402
 from edge_sdk.checkup import ledger_summary  # noqa: E402
 from edge_sdk.crypto.hashing import content_hash  # noqa: E402
 from edge_sdk.protocol.messages import encode  # noqa: E402
@@ -56,7 +55,6 @@ def live(directory: Path, log: Path, at: int | None) -> int:
         world.directory()
     world.ticket()
     os.fsync = reaper.around(os.fsync)  # store, ledger and downloads all use it
-    store.os.fsync = os.fsync
     Store._commit = reaper.around(Store._commit)
     sink = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 

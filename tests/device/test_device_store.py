@@ -338,7 +338,7 @@ import os, signal, sys
 sys.path[:0] = {paths!r}
 import test_device_store as t
 from pathlib import Path
-import edge_sdk.store as s
+import edge_sdk.files as f
 
 count, after, at = 0, {after}, {at}
 def deadly(call):
@@ -356,7 +356,7 @@ def deadly(call):
 fleet = t.fleet_of()
 sent = t.contribution_of(fleet, t.reference.open_ticket(fleet, t.ENTROPY, 40, n_max=5))
 store = t.open_store(Path({directory!r}), fleet)
-s.os = type("os", (), {{**vars(os), "fsync": staticmethod(deadly(os.fsync))}})
+f.os = type("os", (), {{**vars(os), "fsync": staticmethod(deadly(os.fsync))}})
 store._run = deadly(store._run)
 store.save_contribution(sent, {{}})
 store.save_idle(sent.give_up())
