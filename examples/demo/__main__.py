@@ -235,12 +235,11 @@ class Demo:
         """Measure, draw, say what came of it. Exit status: 1 if it is not what was promised."""
         optimizer, privacy = self.task.optimizer, self.task.privacy
         recipe = baselines.Recipe(self.task.rounds, privacy.example_rate, optimizer.learning_rate, optimizer.momentum)
+        self.console.print("measuring, and training without privacy to compare ...")
         some = found.held_out.take(np.arange(min(len(found.held_out), CURVE)))
         reached = [baselines.accuracy(self.bundle, model, some) for model in models[:-1]]
         reached.append(baselines.accuracy(self.bundle, models[-1], found.held_out))
-        plain = baselines.accuracy(
-            self.bundle, baselines.train(self.bundle, found.train, recipe, "all"), found.held_out
-        )
+        plain = baselines.without_noise(self.bundle, found.train, found.held_out, recipe, privacy.clip)
         alone = baselines.alone(self.bundle, parts, some, recipe)
         points = [
             picture.Point(
