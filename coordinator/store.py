@@ -1,7 +1,8 @@
 """What the coordinator knows, on disk: rows in SQLite through SQLAlchemy Core, bulk in files (docs/services.md 5).
 
 The order is always: files written and flushed, then one transaction of rows, then whatever is announced. A row never
-names a file that is not there; a file that no row names is rubbish of a crash and is removed at the next start.
+names a file that is not there; a file that no row names is rubbish of a crash and is removed at the next start, unless
+a command is storing files just then.
 
 `Store.transaction()` gives a `Transaction`, whose methods are named for what they record; `Store.reading()` the same
 without writing. Several processes may have the store open (the operator's commands beside the server): rows are
@@ -15,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +37,8 @@ Role = Literal["device", "helper"]
 TaskState = Literal["running", "paused", "done"]
 Phase = Literal["COLLECT", "SEALED", "CERTIFIED", "DONE", "ABORTED"]
 """As in docs/protocol.md section 11. OPEN is COLLECT without contributions, RELEASED is CERTIFIED with the answers."""
+
+_BLOB_NAME = re.compile(r"[0-9a-f]{64}(\.new)?$")
 
 ACTIVE: tuple[Phase, ...] = ("COLLECT", "SEALED", "CERTIFIED")
 
@@ -671,6 +675,11 @@ class Transaction:
         query = sql.select(_models).where(_models.c.task == task).order_by(_models.c.number.desc()).limit(count)
         return [_model(row) for row in reversed(self._all(query))]
 
+    def blob_names(self) -> set[bytes]:
+        """Of every file in `blobs/` that some row names."""
+        columns = (_tasks.c.bundle_file, _models.c.parameters, _models.c.memory)
+        return {bytes(row[0]) for column in columns for row in self._all(sql.select(column).where(column.is_not(None)))}
+
     def forget_memory(self, task: str, before: int) -> list[bytes]:
         """Models before this number keep their parameters and no optimiser state. Returns the files to delete."""
         old = sql.and_(_models.c.task == task, _models.c.number < before, _models.c.memory.is_not(None))
@@ -705,6 +714,7 @@ class Store:
         if self._engine.dialect.name == "sqlite":
             _prepare_sqlite(self._engine)
         self._served: int | None = None
+        self._writing: int | None = None
         self._check_schema()
 
     def _check_schema(self) -> None:
@@ -746,14 +756,20 @@ class Store:
 
     def close(self) -> None:
         self._engine.dispose()
-        if self._served is not None:
-            os.close(self._served)
-            self._served = None
+        for fd in (self._served, self._writing):
+            if fd is not None:
+                os.close(fd)
+        self._served = self._writing = None
 
     # --- blobs
 
     def put_blob(self, data: bytes | memoryview) -> bytes:
-        """Store bytes under their content hash, flushed to disk. Returns the hash."""
+        """Store bytes under their content hash, flushed to disk. Returns the hash.
+
+        From here on, until `close`, no server deletes files: the row that will name this one is not written yet.
+        """
+        if self._writing is None and self._served is None:  # who serves is the one who deletes, and knows what it does
+            self._writing = self._lock_blobs(fcntl.LOCK_SH)
         name = content_hash(data)
         path = self.blob_path(name)
         if not (path.exists() and path.stat().st_size == len(data)):
@@ -774,9 +790,34 @@ class Store:
         return data
 
     def drop_blobs(self, names: Iterable[bytes]) -> None:
-        """Delete files that no row names any more."""
-        for name in names:
-            self.blob_path(name).unlink(missing_ok=True)
+        """Delete files that no row names any more; while a command stores some, `sweep` will."""
+        with self._named_blobs() as named:
+            for name in set(names) - named if named is not None else ():
+                self.blob_path(name).unlink(missing_ok=True)
+
+    @contextmanager
+    def _named_blobs(self) -> Iterator[set[bytes] | None]:
+        """The files that rows name; while the block runs nobody stores more. None if somebody is storing some now."""
+        try:
+            fd = self._lock_blobs(fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        try:
+            with self.reading() as t:
+                named = t.blob_names()
+            yield named
+        finally:
+            os.close(fd)
+
+    def _lock_blobs(self, how: int) -> int:
+        fd = os.open(self.directory / "blobs.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, how)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
 
     # --- a round's vectors and sums
 
@@ -793,14 +834,22 @@ class Store:
         shutil.rmtree(self._rounds / tid.hex(), ignore_errors=True)
 
     def sweep(self) -> None:
-        """Remove what a crash left: files half written, and rounds that ended. Only for the process that serves."""
+        """Remove what a crash left: rounds that ended, files half written, and those whose row was never written.
+
+        Only for the process that serves, before it has stored anything.
+        """
         with self.reading() as t:
             running = {row.tid.hex() for row in t.active_rounds()}
         for path in self._rounds.iterdir():
             if path.name not in running:
                 shutil.rmtree(path, ignore_errors=True)
-        for path in self.blobs.glob("*.new"):
-            path.unlink(missing_ok=True)
+        with self._named_blobs() as named:
+            if named is None:
+                return
+            kept = {name.hex() for name in named}
+            for path in self.blobs.iterdir():
+                if _BLOB_NAME.match(path.name) and path.name not in kept:
+                    path.unlink(missing_ok=True)
 
 
 @dataclass

@@ -753,6 +753,6 @@ def test_a_vector_damaged_on_disk_stops_the_server_with_its_place(tmp_path):
     with path.open("r+b") as file:
         file.seek(live.vectors.slot_bytes + 5)
         file.write(b"\x00\x01\x02")
-    with pytest.raises(StoreError, match="slot 1 of .* is not what its sender signed"):
+    with pytest.raises(StoreError, match=r"slot 1 of .* is not what its sender signed"):
         fleet.start()
     fleet.hub.close()

@@ -6,6 +6,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -253,13 +254,14 @@ def test_old_optimiser_states_are_forgotten_but_not_one_that_is_still_named(stor
 
 
 def test_a_damaged_or_missing_blob_is_named(store):
+    store.serve_alone()
     name = store.put_blob(b"model")
     assert store.blob(name) == b"model"
     store.blob_path(name).write_bytes(b"modem")
-    with pytest.raises(StoreError, match="damaged"):
+    with pytest.raises(StoreError, match="is damaged"):
         store.blob(name)
     store.drop_blobs([name])
-    with pytest.raises(StoreError, match="missing"):
+    with pytest.raises(StoreError, match="is missing from"):
         store.blob(name)
 
 
@@ -292,10 +294,65 @@ def test_a_damaged_checkpoint_is_not_used(store):
 def test_sweeping_removes_what_no_row_names(running):
     running.vectors(TID, 1, 8).close()
     running.vectors(b"u" * 32, 1, 8).close()
-    (running.blobs / "abc.new").write_bytes(b"half")
+    (running.blobs / f"{'ab' * 32}.new").write_bytes(b"half")
+    (running.blobs / ("ab" * 32)).write_bytes(b"whole")
+    (running.blobs / "README").write_bytes(b"somebody else's")
     running.sweep()
     assert [path.name for path in (running.directory / "rounds").iterdir()] == [TID.hex()]
-    assert list(running.blobs.iterdir()) == []
+    assert [path.name for path in running.blobs.iterdir()] == ["README"]
+
+
+STORES_A_TASK = """
+import os, signal, sys
+from coordinator.store import ModelRow, Store, TaskRow
+store = Store(sys.argv[1])
+bundle, parameters, memory = (store.put_blob(name + sys.argv[2].encode()) for name in (b"b", b"p", b"m"))
+print("stored", flush=True)
+if sys.stdin.readline() == "die\\n":
+    os.kill(os.getpid(), signal.SIGKILL)
+with store.transaction() as t:
+    t.add_task(TaskRow(sys.argv[2], "toml", b"plan", bundle, "running", 0, 1.0))
+    t.add_model(ModelRow(sys.argv[2], 0, parameters, memory, None, None, 1.0, 1.0, None, None, {}, 1.0))
+store.close()
+"""
+
+
+@contextmanager
+def storing(directory, name):
+    """A command that has stored a task's files and not yet its rows. Send it "die" or "go on"."""
+    arguments = [sys.executable, "-c", STORES_A_TASK, str(directory), name]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as command:
+        assert command.stdout.readline() == "stored\n"
+        yield lambda word: command.communicate(word + "\n")
+
+
+def test_files_whose_row_was_never_written_go_at_the_next_start_and_no_others(store):
+    with storing(store.directory, "kept") as command:
+        command("go on")
+    with storing(store.directory, "lost") as command:
+        command("die")
+    assert len(list(store.blobs.iterdir())) == 6
+    store.serve_alone()
+    store.sweep()
+    assert sorted(path.read_bytes() for path in store.blobs.iterdir()) == [b"bkept", b"mkept", b"pkept"]
+
+
+def test_files_that_a_command_is_storing_stay_whatever_the_server_deletes(store):
+    with storing(store.directory, "new") as command:
+        store.serve_alone()
+        store.sweep()
+        store.drop_blobs([content_hash(b"mnew")])
+        command("go on")
+    with store.reading() as t:
+        assert all(store.blob_path(name).exists() for name in t.blob_names())
+        assert len(t.blob_names()) == 3
+
+
+def test_a_file_that_a_row_names_is_not_dropped(store):
+    with storing(store.directory, "kept") as command:
+        command("go on")
+    store.drop_blobs([content_hash(b"pkept")])
+    assert store.blob(content_hash(b"pkept")) == b"pkept"
 
 
 def test_a_writer_killed_at_any_call_leaves_a_whole_file_or_none(tmp_path):
