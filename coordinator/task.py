@@ -455,7 +455,8 @@ def add_task(
     try:
         bundle, publisher = _read_bundle(content, task, publishers)
     except PeerError as error:
-        raise PeerError(f"{path.name}, {_place(text, ('bundle',))}: {error}") from error
+        fault = str(error).removeprefix("bundle: ")  # the place says so
+        raise PeerError(f"{path.name}, {_place(text, ('bundle',))}: {fault}") from error
     if roster is None:
         with store.reading() as t:
             enrolled = sum(row.role == "device" and row.revoked_s is None for row in t.devices())
@@ -483,13 +484,10 @@ def _read_bundle(content: bytes, task: Task, publishers: Sequence[bytes]) -> tup
     if task.publisher and publishers and pinned[0] not in publishers:
         log.warning("publisher %s is not one of coordinator.toml's: devices refuse it unless their policy lists it",
                     task.publisher)  # fmt: skip
-    fault = PeerError("no publisher is known: name one in the task, or in coordinator.toml")
-    for key in pinned:
-        try:
-            return Bundle.read(content, key), key
-        except PeerError as error:
-            fault = error
-    raise fault
+    if not pinned:
+        raise PeerError("no publisher is known: name one in the task, or in coordinator.toml")
+    bundle = Bundle.read(content, *pinned)
+    return bundle, bundle.publisher
 
 
 def load(row: TaskRow) -> tuple[Task, Planned]:

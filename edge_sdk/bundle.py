@@ -247,16 +247,19 @@ class Bundle:
     _initial: F32 = field(repr=False)
 
     @staticmethod
-    def read(source: bytes | Path | str, publisher_key: bytes, *, max_bytes: int = MAX_BUNDLE_BYTES) -> Bundle:
-        """The bundle in `source`, if every part of it is as `publisher_key`'s holder signed it and may be run.
+    def read(source: bytes | Path | str, *publisher_keys: bytes, max_bytes: int = MAX_BUNDLE_BYTES) -> Bundle:
+        """The bundle in `source`, if every part of it is as the holder of one of the keys signed it and may be run.
 
-        source: the file's bytes or its path.  publisher_key: the pinned Ed25519 key, 32 bytes.  max_bytes: nothing
-        larger is read, at most MAX_BUNDLE_BYTES.
+        source: the file's bytes or its path.  publisher_keys: the pinned Ed25519 keys, 32 bytes each, at least one.
+        max_bytes: nothing larger is read, at most MAX_BUNDLE_BYTES.
         Raises PeerError that names the entry and its fault; ParameterError on a key of another length; OSError on a
         path that cannot be read.
         """
-        if len(publisher_key) != KEY_BYTES:
-            raise ParameterError(f"a publisher key has {KEY_BYTES} bytes, not {len(publisher_key)}")
+        if not publisher_keys:
+            raise ParameterError("a bundle is read with the keys that may have signed it: there is none")
+        for key in publisher_keys:
+            if len(key) != KEY_BYTES:
+                raise ParameterError(f"a publisher key has {KEY_BYTES} bytes, not {len(key)}")
         limit = min(max_bytes, MAX_BUNDLE_BYTES)
         if not isinstance(source, bytes):
             with Path(source).open("rb") as file:
@@ -266,8 +269,10 @@ class Bundle:
         archive = _Archive(source)
         manifest_bytes = archive.take(MANIFEST, archive.declared_size(MANIFEST, MAX_MANIFEST_BYTES))
         signature = bytes(archive.take(SIGNATURE, KEY_BYTES + SIGNATURE_BYTES))
-        if signature[:KEY_BYTES] != publisher_key:
-            raise PeerError(f"bundle: signed by {signature[:8].hex()}, not by the publisher {publisher_key[:8].hex()}")
+        publisher_key = signature[:KEY_BYTES]
+        if publisher_key not in publisher_keys:
+            pinned = " or ".join(key[:8].hex() for key in publisher_keys)
+            raise PeerError(f"bundle: signed by {publisher_key[:8].hex()}, not by the publisher {pinned}")
         check_signature(publisher_key, LABEL, bytes(manifest_bytes), signature[KEY_BYTES:])
         manifest = _decode_manifest(bytes(manifest_bytes))
         files: dict[str, memoryview] = {}

@@ -27,6 +27,7 @@ import numpy as np
 from msgspec import Meta
 
 from edge_sdk.errors import ParameterError
+from edge_sdk.files import reason
 
 TaskName = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9._-]*\Z")]
 HexHash = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -58,7 +59,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         except FileNotFoundError:
             return cls()
         except (OSError, msgspec.MsgspecError, ValueError) as error:
-            raise ParameterError(f"{path}: {error}") from error
+            raise ParameterError(f"{path}: {reason(error)}") from error
 
 
 def examples_source(directory: Path, given: str) -> Callable[[], Any]:
@@ -79,7 +80,7 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         with np.load(path, allow_pickle=False) as file:  # a pickle could run anything
             return dict(file)
     except (OSError, ValueError) as error:
-        raise ParameterError(f"{path}: {error}") from error
+        raise ParameterError(f"{path}: {reason(error)}") from error
 
 
 def _load_function(directory: Path, module: str, function: str) -> Callable[[], Any]:

@@ -21,6 +21,7 @@ from edge_sdk.bundle import Bundle, Manifest
 from edge_sdk.crypto.hashing import content_hash
 from edge_sdk.crypto.sealing import encapsulate
 from edge_sdk.errors import ParameterError, PeerError, SordinoError
+from edge_sdk.files import reason
 from edge_sdk.ledger import Ledger
 from edge_sdk.policy import Policy, mechanism_of, sampling_of
 from edge_sdk.privacy.ledger_entry import Release
@@ -155,7 +156,9 @@ def read_policy(directory: Path) -> Policy:
     try:
         return Policy.from_toml(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise ParameterError(f"{path}: {error}") from error
+        raise ParameterError(f"{path}: {reason(error)}") from error
+    except ParameterError as error:
+        raise ParameterError(f"{path}: {str(error).removeprefix('policy: ')}") from error
 
 
 def read_bundle(path: Path, task: str, policy: Policy, max_bytes: int) -> Bundle:
@@ -163,14 +166,7 @@ def read_bundle(path: Path, task: str, policy: Policy, max_bytes: int) -> Bundle
 
     The signature is verified before anything in it is parsed. Raises PeerError that names the fault.
     """
-    faults = []
-    for publisher in map(bytes.fromhex, policy.publishers):
-        try:
-            policy.check_publisher(task, publisher)
-            return Bundle.read(path, publisher, max_bytes=max_bytes)
-        except PeerError as error:
-            faults.append(str(error))
-    raise PeerError("; ".join(faults))
+    return Bundle.read(path, *policy.publishers_of(task), max_bytes=max_bytes)
 
 
 def check_fits(round_: Round, bundle: Bundle) -> None:

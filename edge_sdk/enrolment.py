@@ -34,7 +34,7 @@ from msgspec import Meta
 from edge_sdk.crypto.hashing import content_hash, frame, tagged_hash
 from edge_sdk.crypto.identity import KEY_BYTES, Identity
 from edge_sdk.errors import ParameterError, PeerError, TransportError
-from edge_sdk.files import open_locked, write_once, write_whole
+from edge_sdk.files import open_locked, reason, write_once, write_whole
 from edge_sdk.ledger import create_ledger
 from edge_sdk.policy import default_policy_toml
 
@@ -186,8 +186,8 @@ class Membership(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return msgspec.json.decode(path.read_bytes(), type=cls)
         except FileNotFoundError as error:
             raise ParameterError(f"{directory} has not joined a fleet: `edge-device join TOKEN` does that") from error
-        except (msgspec.MsgspecError, ValueError) as error:
-            raise ParameterError(f"{path}: {error}") from error
+        except (OSError, msgspec.MsgspecError, ValueError) as error:
+            raise ParameterError(f"{path}: {reason(error)}") from error
 
 
 def enrol_statement(token_hash: bytes, csr: bytes) -> bytes:
@@ -363,7 +363,7 @@ def _stored_identity(directory: Path) -> Identity:
     try:
         return Identity(path.read_bytes())
     except (OSError, ParameterError) as error:
-        raise ParameterError(f"{path}: {error}") from error
+        raise ParameterError(f"{path}: {reason(error)}") from error
 
 
 def _tls_key(directory: Path) -> ec.EllipticCurvePrivateKey:
@@ -376,7 +376,7 @@ def _stored_tls_key(directory: Path) -> ec.EllipticCurvePrivateKey:
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), None)
     except (OSError, ValueError, TypeError) as error:
-        raise ParameterError(f"{path}: {error}") from error
+        raise ParameterError(f"{path}: {reason(error)}") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ParameterError(f"{path} is not a key on P-256")
     return key
@@ -386,7 +386,7 @@ def _read_pem(path: Path) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ParameterError(f"{path}: {error}") from error
+        raise ParameterError(f"{path}: {reason(error)}") from error
 
 
 def _csr(identity: Identity, key: ec.EllipticCurvePrivateKey) -> bytes:

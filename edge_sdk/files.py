@@ -91,6 +91,11 @@ def open_locked(path: Path, flags: int, busy: str) -> int:
     return file
 
 
+def reason(error: Exception) -> str:
+    """What went wrong, for a message that names the file already: an OSError's own text repeats its path."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 def _fresh(path: Path) -> Path:
     return path.with_name(path.name + ".new")
 

@@ -13,6 +13,7 @@ from edge_sdk.contributing import Rules, read_bundle, read_parameters, read_poli
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError, PeerError
 from edge_sdk.fetching import Fetches
+from edge_sdk.files import reason
 from edge_sdk.protocol.messages import Signed, Ticket, decode
 from edge_sdk.store import Held, Store, read_model
 from edge_sdk.transport.wire import BlobRef, Model, TaskState
@@ -187,4 +188,4 @@ def read_identity(directory: Path) -> Identity:
     try:
         return Identity(path.read_bytes())
     except (OSError, ParameterError) as error:
-        raise ParameterError(f"{path}: {error}") from error
+        raise ParameterError(f"{path}: {reason(error)}") from error

@@ -191,10 +191,15 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             min_noise_multiplier=max(self.min_noise_multiplier, own.min_noise_multiplier),
         )
 
-    def check_publisher(self, task: str, publisher: bytes) -> None:
-        """Return if a bundle that this key signed may run for this task, else raise PeerError."""
+    def publishers_of(self, task: str) -> tuple[bytes, ...]:
+        """Public keys, at least one, whose bundles may run for this task. Raises PeerError if it has none."""
         own = self._task(task)
-        _listed("publisher", publisher, self.publishers, own.publishers)
+        allowed = tuple(
+            bytes.fromhex(key) for key in self.publishers if own.publishers is None or key in own.publishers
+        )
+        if not allowed:
+            raise PeerError(f"ticket: no publisher of task {task} is on this device's list")
+        return allowed
 
     def check_round(self, round_: Round) -> None:
         """Return if this device may take part as far as the policy goes beyond `terms`; budgets are the ledger's.

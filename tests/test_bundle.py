@@ -225,6 +225,20 @@ def test_another_publishers_bundle_is_refused_by_name():
     refused(theirs, "not by the publisher")
 
 
+def test_one_of_several_pinned_keys_is_enough_and_its_faults_are_told():
+    other = Identity(b"another".ljust(32)).public_key
+    for keys in ((other, KEY), (KEY, other)):
+        assert Bundle.read(good(), *keys).publisher == KEY
+        with pytest.raises(PeerError, match=r"^bundle: what follows the last entry") as caught:
+            Bundle.read(good() + b"x", *keys)
+        assert "publisher" not in str(caught.value)  # the key that did not sign says nothing beside it
+    third = Identity(b"third".ljust(32)).public_key
+    with pytest.raises(PeerError, match=f"not by the publisher {other[:8].hex()} or {third[:8].hex()}$"):
+        Bundle.read(good(), other, third)
+    with pytest.raises(ParameterError, match="there is none"):
+        Bundle.read(good())
+
+
 def test_the_pinned_key_written_over_a_foreign_signature_is_refused():
     files = unpack(good())
     files["manifest.sig"] = KEY + Identity(b"another".ljust(32)).sign("bundle", files["manifest.json"])

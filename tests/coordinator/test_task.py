@@ -157,7 +157,7 @@ def test_a_name_serves_one_task(store, directory):
 
 def test_a_bundle_of_another_publisher_is_refused(store, directory):
     (directory / "task.toml").write_text(SMALL.replace(tiny.PUBLISHER.public_key.hex(), "11" * 32))
-    with pytest.raises(PeerError, match=r"line 3: bundle: .*not by the publisher"):
+    with pytest.raises(PeerError, match=r"line 3: bundle: signed by .*not by the publisher"):
         add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
     with store.reading() as t:
         assert t.tasks() == []

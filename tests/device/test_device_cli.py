@@ -151,6 +151,21 @@ def add(path, text: str) -> None:
     path.write_text(path.read_text() + text)
 
 
+@pytest.mark.parametrize("name", ["identity.key", "policy.toml", "enrolment.json", "data.npz"])
+@pytest.mark.parametrize("fault", ["missing", "a directory", "rubbish"])
+def test_an_error_names_its_file_once(lived, name, fault):
+    (lived / name).unlink()
+    if fault == "a directory":
+        (lived / name).mkdir(mode=0o700)
+    elif fault == "rubbish":
+        (lived / name).write_bytes(b"\xff = {")
+    said = [finding.detail for finding in checkup.doctor(lived) if finding.ok is False and name in finding.detail]
+    assert said or (name, fault) == ("enrolment.json", "missing")
+    for line in said:
+        assert line.count(str(lived / name)) <= 1, line
+        assert "Errno" not in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "word"),
     [
