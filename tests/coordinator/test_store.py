@@ -279,6 +279,32 @@ def test_slots_hold_what_was_written_and_nothing_of_another_size(store):
     vectors.close()
 
 
+def test_what_was_allocated_ahead_is_never_over_a_vector(store, monkeypatch):
+    monkeypatch.setattr("coordinator.store.RESERVE_BYTES", 24)
+    vectors = store.vectors(TID, 7, 8)
+    vectors.write(6, b"66666666")
+    vectors.write(1, b"11111111")
+    vectors.close()
+    again = store.vectors(TID, 7, 8)
+    for slot in (0, 2, 3):
+        again.write(slot, b"%d" % slot * 8)
+    assert [again.read(slot)[:1] for slot in range(7)] == [b"0", b"1", b"2", b"3", b"\0", b"\0", b"6"]
+    assert again.path.stat().st_size == 7 * 8
+    again.close()
+
+
+def test_a_file_system_that_allocates_nothing_ahead_takes_vectors_all_the_same(store, monkeypatch):
+    def refused(*_):
+        raise OSError(95, "not supported")
+
+    monkeypatch.setattr("os.posix_fallocate", refused)
+    vectors = store.vectors(TID, 2, 8)
+    vectors.write(1, b"11111111")
+    vectors.sync()
+    assert vectors.read(1) == b"11111111"
+    vectors.close()
+
+
 def test_a_damaged_checkpoint_is_not_used(store):
     vectors = store.vectors(TID, 3, 8)
     sums = np.arange(4, dtype="<u4").tobytes()
