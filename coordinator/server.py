@@ -22,6 +22,7 @@ from coordinator.events import Event
 from coordinator.live import LiveRound, Opened, no_sums, slot_bytes
 from coordinator.mail import Mail
 from coordinator.optimizer import pack_memory, unpack_memory
+from coordinator.quotas import Quotas
 from coordinator.store import (
     AnchorRow,
     ContributionRow,
@@ -194,13 +195,15 @@ class Server:
         entropy: Callable[[int], bytes],
         upload_memory: int = UPLOAD_MEMORY,
         on_event: Callable[[Event], None] = _ignore,
+        keep_out: Callable[[frozenset[str]], None] = _ignore,
         passed: Callable[[str], None] = _ignore,
     ) -> None:
         """Takes the store's one place for a server and goes on with every round that is in it.
 
         identity: the coordinator's.  clock: Unix seconds.  entropy: so many fresh secret bytes (os.urandom).
-        upload_memory: bytes that uploads on their way may take.  passed: called at each point of the write order, by
-        name; tests kill the process there.
+        upload_memory: bytes that uploads on their way may take.  keep_out: told of the devices, by name, that flood and
+        that the broker is to keep out, all of them whenever that changes.  passed: called at each point of the write
+        order, by name; tests kill the process there.
         Raises StoreError if another process serves, or the store is damaged.
         """
         store.serve_alone()
@@ -208,6 +211,8 @@ class Server:
         self._store, self._hub, self._identity, self._authority = store, hub, identity, authority
         self._clock, self._entropy, self._on_event, self._passed = clock, entropy, on_event, passed
         self._arrivals = Arrivals(upload_memory)
+        self._quotas, self._keep_out = Quotas(), keep_out
+        self._kept_out: frozenset[str] = frozenset()
         self._mail = Mail(hub)
         self._effects: list[Effect] = []
         self._after: list[Callable[[], None]] = []
@@ -255,7 +260,12 @@ class Server:
                 self._send_pulls(now_s)  # so that the next uploads are on their way while these are handled
             match item:
                 case Inbound(device, frame):
-                    self._on_frame(device, frame, now_s)
+                    # All that are unknown share one account: there may be any number of them.
+                    if self._quotas.take(device if device in self._devices else "", now_s):
+                        self._on_frame(device, frame, now_s)
+                    elif self._quotas.dropped(device) == 1:
+                        log.warning("device %s: it floods: frames that nobody asked for are dropped", device[:16])
+                        self._on_event(events.Refused(device, "it floods: frames that nobody asked for are dropped"))
                 case Connected():
                     log.info("connected to the broker")
                     self._doubt_presence()
@@ -277,6 +287,7 @@ class Server:
     def _send_pulls(self, now_s: float) -> None:
         """Grants, and what granted uploads lack. A pull promises nothing, so it need not wait for the transaction."""
         for device, pull in self._arrivals.pulls(now_s):
+            self._quotas.expect(device, len(pull.chunks), now_s)
             self._hub.send(device, encode_frame(pull))
 
     def close(self) -> None:
@@ -488,6 +499,7 @@ class Server:
         except PeerError as error:
             log.warning("device %s: %s", device[:16], error)
             self._on_event(events.Refused(device, str(error)))
+            self._quotas.refused(device if device in self._devices else "", now_s)
 
     def _answer(self, device: str, frame: Down) -> None:
         self._mail.answer(device, encode_frame(frame))
@@ -785,6 +797,12 @@ class Server:
         if now_s >= self._look_s:
             self._look_s = now_s + LOOK_S
             self._refresh()
+        kept_out = self._quotas.kept_out(now_s) & self._devices.keys()
+        if kept_out != self._kept_out:
+            for device in sorted(kept_out - self._kept_out):
+                log.warning("device %s: it goes on flooding: the broker keeps it out for a while", device[:16])
+            self._kept_out = kept_out
+            self._keep_out(kept_out)
 
     def _write_letters(self, now_s: float) -> None:
         for live in self._live.values():
