@@ -215,6 +215,7 @@ class Service:
                 entropy=os.urandom,
                 upload_memory=config.limits.upload_memory_mb << 20,
                 on_event=on_event,
+                keep_out=self.broker.silence,
             )
             stack.callback(self._server.close)
             enrolment = EnrolmentService(config.listen.address, config.listen.enrolment_port, path, self._decide)

@@ -97,6 +97,12 @@ class Broker(Protocol):
         The CA's crl.pem names their certificates already.
         """
 
+    def silence(self, devices: Collection[str]) -> None:
+        """Keep these out, and no others any more that are not revoked: they flood. What they sent may still come.
+
+        Not waited for, and forgotten when the coordinator ends.
+        """
+
     def close(self) -> None:
         """End it. Closing twice is harmless."""
 

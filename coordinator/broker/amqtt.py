@@ -80,6 +80,7 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
     def __init__(self, config: dict[str, Any], revoked: Collection[str]) -> None:
         super().__init__(config)
         self.revoked = frozenset(revoked)
+        self.silenced: frozenset[str] = frozenset()
 
     @staticmethod
     def _create_ssl_context(listener: ListenerConfig) -> ssl.SSLContext:
@@ -126,6 +127,8 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
             return "it has no certificate"
         if name in self.revoked:
             return "it was revoked"
+        if name in self.silenced:
+            return "it floods, and is kept out for a while"
         if session.client_id != name:
             return "its client id is not its certificate's CN"
         if session.will_flag and not allowed(name, session.will_topic or "", "publish"):
@@ -183,6 +186,13 @@ class Amqtt:
                 return
             loop, broker, _ = self._running
             asyncio.run_coroutine_threadsafe(_shut_out(broker, self._revoked), loop)
+
+    def silence(self, devices: Collection[str]) -> None:
+        with self._lock:
+            if self._running is None:
+                return
+            loop, broker, _ = self._running
+            asyncio.run_coroutine_threadsafe(_silence(broker, frozenset(devices)), loop)
 
     def close(self) -> None:
         self._closing.set()
@@ -242,6 +252,12 @@ class Amqtt:
             await leave.wait()
         finally:
             await broker.shutdown()
+
+
+async def _silence(broker: _Broker, silenced: frozenset[str]) -> None:
+    broker.silenced = silenced
+    for name in silenced:
+        await broker.cut(name)
 
 
 async def _shut_out(broker: _Broker, revoked: frozenset[str]) -> None:

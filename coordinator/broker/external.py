@@ -24,5 +24,10 @@ class ExternalBroker:
             "%d devices are revoked: load %s into the broker at %s", len(devices), self._directory / "crl.pem", self.url
         )
 
+    def silence(self, devices: Collection[str]) -> None:
+        """Only the broker could keep them out: what they send is dropped here, but takes a share of its queue."""
+        for device in devices:
+            log.warning("device %s floods the broker at %s, which is its operator's to stop", device[:16], self.url)
+
     def close(self) -> None:
         """It is not ours to end."""

@@ -133,11 +133,11 @@ class Mosquitto:
         self._said: deque[str] = deque(maxlen=5)
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
-        self._revoked = frozenset(revoked)
+        self._revoked, self._silenced = frozenset(revoked), frozenset[str]()
         self._refusals = Refusals()
         self._closing = threading.Event()
         self._ended = threading.Event()
-        self._write_acl(revoked)
+        self._write_acl()
         write_whole(listener.directory / "mosquitto.conf", self._config().encode())
         self._thread = threading.Thread(target=self._supervise, name="mosquitto", daemon=True)
         self._thread.start()
@@ -156,9 +156,17 @@ class Mosquitto:
     def revoke(self, devices: Collection[str]) -> None:
         """mosquitto 2.0.11 rereads CRL and ACL on SIGHUP. The CRL keeps new connections out; the ACL silences one that
         is there already, which mosquitto leaves open, without disturbing the others."""
-        self._write_acl(devices)
+        self._revoked = frozenset(devices)
+        self._reload()
+
+    def silence(self, devices: Collection[str]) -> None:
+        """By the ACL alone: they stay connected, and mosquitto drops what they publish as it comes."""
+        self._silenced = frozenset(devices)
+        self._reload()
+
+    def _reload(self) -> None:
+        self._write_acl()
         with self._lock:
-            self._revoked = frozenset(devices)
             if self._child is not None and self._child.poll() is None:
                 self._child.send_signal(signal.SIGHUP)
 
@@ -183,9 +191,9 @@ class Mosquitto:
             user="user root" if os.geteuid() == 0 else "",
         )
 
-    def _write_acl(self, revoked: Collection[str]) -> None:
+    def _write_acl(self) -> None:
         text = _ACL.format(coordinator=COORDINATOR)
-        text += "".join(_DENIED.format(device=device) for device in sorted(revoked))
+        text += "".join(_DENIED.format(device=device) for device in sorted(self._revoked | self._silenced))
         write_whole(self._listener.directory / "mosquitto.acl", text.encode())
 
     def _wait_until_listening(self) -> None:
@@ -250,8 +258,7 @@ class Mosquitto:
         try:
             while block := os.read(fd, LOG_BYTES):
                 *lines, tail = (tail + block).split(b"\n")
-                with self._lock:
-                    reader.revoked = self._revoked
+                reader.revoked = self._revoked
                 self._said.extend(reader.read(lines))
                 self._closing.wait(LISTEN_S)
         finally:
@@ -286,8 +293,10 @@ class _LogReader:
         connecting, self._connecting, self._will_of = self._connecting, "", ""
         if denied := _DENIED_PUBLISH.match(line):
             name, topic = denied.groups()
-            why = "it was revoked" if name in self.revoked and allowed(name, topic, "publish") else "refused"
-            self._refusals.topic(name, "publish", topic, why=why)
+            if not allowed(name, topic, "publish"):
+                self._refusals.topic(name, "publish", topic)
+            elif name in self.revoked:  # else it floods, and the server said so
+                self._refusals.topic(name, "publish", topic, why="it was revoked")
         elif subscribed := _SUBSCRIBED.match(line):
             # mosquitto grants it, and delivers nothing under it that the ACL does not let this client read.
             name, topic = subscribed.groups()

@@ -178,6 +178,37 @@ def test_a_revoked_device_is_out_while_it_is_connected_and_when_it_comes_again(w
     assert (world.kind, alice.outcome) in [("mosquitto", "connected"), ("amqtt", "closed")]
 
 
+def test_a_silenced_device_is_not_heard_until_it_is_silenced_no_more(world):
+    hub, bob = connected(world.hub), connected(world.device(world.bob))
+    alice = connected(world.device(world.alice))
+
+    def until_heard(wanted):
+        """Alice and then Bob send, until Alice is heard before Bob or is not."""
+        deadline, number = time.monotonic() + DEADLINE_S, 0
+        while True:  # the broker hears of it a moment later, and the link comes up again by itself
+            assert time.monotonic() < deadline
+            number += 1
+            alice.send(b"alice")
+            bob.send(b"bob %d" % number)
+            seen = wait_for(hub, lambda item: isinstance(item, Inbound) and item.frame == b"bob %d" % number)  # noqa: B023
+            if (b"alice" in [item.frame for item in frames(seen)]) is wanted:
+                return
+
+    world.broker.silence([world.alice.name])
+    until_heard(False)
+    until_heard(False)
+    world.broker.silence([])
+    until_heard(True)
+
+
+def test_a_revoked_device_stays_out_whoever_is_silenced(world):
+    world.revoke(world.alice)
+    world.broker.silence([world.bob.name])
+    world.broker.silence([])
+    assert world.client(world.bob).outcome == "connected"
+    assert world.client(world.alice).outcome == "refused"
+
+
 def test_a_device_that_was_revoked_before_the_start_is_out(world):
     world.broker.close()
     world.ca.write_crl([world.alice.serial], int(time.time()))
