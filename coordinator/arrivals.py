@@ -51,7 +51,7 @@ class Unproved(Download):
         """Drop the chunks whose proofs do not hold; `pull` asks for them again. Returns how many there were."""
         content, damaged = self.view(), 0
         for index, proof in self._proofs.items():
-            data = bytes(content[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES])
+            data = content[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES]
             try:
                 check_chunk(self.ref, Chunk(self.ref.id, index, data, proof))
             except PeerError:

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from edge_sdk.errors import ParameterError, PeerError
 
 
-def _leaf(content: bytes) -> bytes:
-    return hashlib.sha256(b"\x00" + content).digest()
+def _leaf(content: bytes | memoryview) -> bytes:
+    digest = hashlib.sha256(b"\x00")
+    digest.update(content)
+    return digest.digest()
 
 
 def _node(left: bytes, right: bytes) -> bytes:
@@ -56,7 +58,7 @@ def merkle_root(leaves: Sequence[bytes]) -> bytes:
     return MerkleTree(leaves).root
 
 
-def root_of(size: int, index: int, content: bytes, proof: Sequence[bytes]) -> bytes:
+def root_of(size: int, index: int, content: bytes | memoryview, proof: Sequence[bytes]) -> bytes:
     """The 32-byte root of the tree of `size` leaves in which `proof` puts `content` at leaf `index`.
 
     Anybody can make a proof up: it says something only once the root is compared with one that is trusted.

@@ -117,7 +117,8 @@ class Blob:
         """The chunk with its proof. Raises ParameterError outside the blob, or if the file has changed."""
         if not 0 <= index < len(self._pieces):
             raise ParameterError(f"chunk {index} is outside a blob of {len(self._pieces)}")
-        chunk = Chunk(blob=self.ref.id, index=index, data=self._pieces[index], proof=list(self._tree.proof(index)))
+        data = memoryview(self._pieces[index])
+        chunk = Chunk(blob=self.ref.id, index=index, data=data, proof=list(self._tree.proof(index)))
         if isinstance(self._pieces, _InFile):
             try:
                 check_chunk(self.ref, chunk)
@@ -395,7 +396,7 @@ class FileDownload(Receiving):
             return False
         ends = range(1, 1 + HASH_BYTES * (slot[0] - 1), HASH_BYTES)
         proof = [slot[at : at + HASH_BYTES] for at in ends]
-        content = os.pread(data, _length_of(self.ref.size, index), index * CHUNK_BYTES)
+        content = memoryview(os.pread(data, _length_of(self.ref.size, index), index * CHUNK_BYTES))
         try:
             check_chunk(self.ref, Chunk(blob=self.ref.id, index=index, data=content, proof=proof))
         except PeerError:

@@ -140,7 +140,8 @@ class Chunk(Frame, frozen=True):
 
     blob: Hash
     index: Annotated[int, Meta(ge=0, lt=1 << 20)]
-    data: Annotated[bytes, Meta(min_length=1, max_length=CHUNK_BYTES)]
+    data: Annotated[memoryview, Meta(min_length=1, max_length=CHUNK_BYTES)]
+    """Of a decoded frame: a view of the frame, which spares the copy."""
     proof: Proof
 
 

@@ -117,7 +117,7 @@ def test_chunks_of_another_blob_length_or_device_are_refused(header):
     for device, chunk in (
         ("b", good),
         ("a", BLOBS[0].chunk(0)),
-        ("a", Chunk(good.blob, 1, good.data + b"x", good.proof)),
+        ("a", Chunk(good.blob, 1, bytes(good.data) + b"x", good.proof)),
         ("a", Chunk(good.blob, 2, b"x", good.proof)),
         ("a", Chunk(good.blob, 0, good.data, good.proof)),
     ):

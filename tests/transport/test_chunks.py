@@ -125,7 +125,7 @@ def test_a_chunk_that_is_not_of_the_blob_is_refused_and_changes_nothing(size, da
     bad = [
         msgspec.structs.replace(good, data=flipped(good.data, data.draw(st.integers(0, 8 * len(good.data) - 1)))),
         msgspec.structs.replace(good, data=good.data[:-1]),
-        msgspec.structs.replace(good, data=good.data + b"\0"),
+        msgspec.structs.replace(good, data=bytes(good.data) + b"\0"),
         msgspec.structs.replace(good, blob=flipped(good.blob, data.draw(st.integers(0, 255)))),
         msgspec.structs.replace(good, proof=[*good.proof, bytes(32)]),
         msgspec.structs.replace(good, index=count),
