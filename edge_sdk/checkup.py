@@ -13,6 +13,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,14 +22,14 @@ import msgspec
 import numpy as np
 
 from edge_sdk.config import Config, examples_source
-from edge_sdk.contributing import examples_of, read_bundle, read_parameters, read_policy
+from edge_sdk.contributing import check_remembers, examples_of, read_bundle, read_parameters, read_policy
 from edge_sdk.enrolment import Membership
 from edge_sdk.errors import ParameterError, SordinoError
 from edge_sdk.ledger import Ledger
 from edge_sdk.models import read_identity
 from edge_sdk.privacy.ledger_entry import Summary
 from edge_sdk.protocol.messages import Epoch, Signed, decode
-from edge_sdk.store import Outcome, glance, read_model, read_outcomes
+from edge_sdk.store import Outcome, glance, read_model, read_outcomes, read_positions
 from edge_sdk.transport.wire import Model
 
 LEAST_DISK_BYTES = 64 << 20
@@ -115,13 +116,19 @@ def ledger_summary(directory: Path) -> Summary:
 
     Raises ParameterError if it has not joined or on a policy that cannot be read, LedgerDamaged.
     """
+    with _ledger_copy(directory) as ledger:
+        return ledger.summary()
+
+
+@contextmanager
+def _ledger_copy(directory: Path) -> Iterator[Ledger]:
     owner, policy = read_identity(directory).public_key, read_policy(directory)
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place) / "ledger"
         if (directory / "ledger").exists():
             shutil.copyfile(directory / "ledger", copy)  # append-only: a copy is the ledger of a moment ago
         with Ledger(copy, owner, policy.protects, policy.lifetime, policy.task_limits) as ledger:
-            return ledger.summary()
+            yield ledger
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -240,8 +247,10 @@ def _check_policy(directory: Path) -> str:
 def _check_ledger(directory: Path) -> str:
     if Membership.read(directory).role == "helper":
         raise _Unknown("a helper spends nothing")
-    found = ledger_summary(directory)
-    return f"{found.entries} entries, every link is right"
+    positions = read_positions(directory)  # before the copy: a device that runs adds to its ledger first
+    with _ledger_copy(directory) as ledger:
+        check_remembers(ledger, positions)
+        return f"{ledger.head.entries} entries, every link is right"
 
 
 def _check_state(directory: Path) -> str:

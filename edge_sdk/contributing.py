@@ -24,7 +24,7 @@ from edge_sdk.errors import ParameterError, PeerError, SordinoError
 from edge_sdk.files import reason
 from edge_sdk.ledger import Ledger
 from edge_sdk.policy import Policy, mechanism_of, sampling_of
-from edge_sdk.privacy.ledger_entry import Release
+from edge_sdk.privacy.ledger_entry import LedgerDamaged, Release
 from edge_sdk.privacy.mechanism import METRICS, Mechanism, MetricSums, device_metrics, encode
 from edge_sdk.privacy.rdp import BudgetExceeded
 from edge_sdk.protocol import contributor
@@ -115,8 +115,8 @@ class Rules:
 class RulesFile:
     """policy.toml and the ledger that it bounds, read again when the file changes."""
 
-    def __init__(self, directory: Path, owner: bytes) -> None:
-        self._directory, self._owner = directory, owner
+    def __init__(self, directory: Path, owner: bytes, store: Store) -> None:
+        self._directory, self._owner, self._store = directory, owner, store
         self._stamp: tuple[int, ...] | None = None
         self._rules: Rules | None = None
 
@@ -140,6 +140,11 @@ class RulesFile:
             policy = read_policy(self._directory)
             path = self._directory / "ledger"
             ledger = Ledger(path, self._owner, policy.protects, policy.lifetime, policy.task_limits)
+            try:
+                check_remembers(ledger, self._store.positions())
+            except BaseException:
+                ledger.close()
+                raise
             self._rules, self._stamp = Rules(policy, ledger), stamp
         return self._rules
 
@@ -148,6 +153,22 @@ class RulesFile:
         if self._rules is not None:
             self._rules.ledger.close()
             self._rules = None
+
+
+def check_remembers(ledger: Ledger, positions: Mapping[str, Idle]) -> None:
+    """Return if the ledger holds the coin of every task's newest ticket, else raise LedgerDamaged.
+
+    The coin is on disk before the state says that the ticket was taken. So a ledger that lacks it is an old copy that
+    was put back, or another one: its budget would be spent twice. That all of the disk went back, only the committee
+    can tell (docs/protocol.md section 10.3).
+    positions: of the device's state, by task.
+    """
+    for task, position in positions.items():
+        if position.tid not in ledger.account.draws:
+            raise LedgerDamaged(
+                f"the ledger was rolled back or replaced: it knows nothing of round {position.round} of {task}, which "
+                "this device took part in or sat out"
+            )
 
 
 def read_policy(directory: Path) -> Policy:

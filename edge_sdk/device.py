@@ -18,7 +18,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -262,8 +262,10 @@ class Device:
             rules = None
             tasks: dict[str, Contributing] = {}
             if self._registered and not helper:
-                rules = RulesFile(self.directory, identity.public_key)
+                rules = RulesFile(self.directory, identity.public_key, store)
                 stack.callback(rules.close)
+                with suppress(ParameterError, OSError):  # a policy may be mended while the device runs; a ledger not
+                    rules.read()
                 for task, entry in self._registered.items():
                     tasks[task] = Contributing(
                         task, entry.source, store, self._entropy, bundle=entry.bundle, threads=self.config.threads

@@ -202,6 +202,10 @@ class Store:
             split_shares(round_, header, shares)
             return Sent(round_, row[2], Contribution(signed, masked, shares))
 
+    def positions(self) -> dict[str, Idle]:
+        """Where this device stands in every task that it ever took a ticket of. The ledger holds each one's coin."""
+        return {row[0]: Idle(*row) for row in self._all("SELECT task, round, tid FROM position")}
+
     def outbox_path(self, tid: bytes) -> Path:
         """The file of the contribution to this ticket: the masked vector and then the sealed shares."""
         return self._outbox / tid.hex()
@@ -487,6 +491,13 @@ def read_outcomes(directory: Path) -> dict[str, Outcome]:
     """The outcomes by task, while perhaps another process works with the state. Raises OSError if it cannot be read."""
     rows = _peek(directory, "SELECT task, round, what, reason, time_s FROM outcome")
     return {row[0]: Outcome(*row) for row in rows}
+
+
+def read_positions(directory: Path) -> dict[str, Idle]:
+    """As `Store.positions`, read as `read_outcomes` does; none if there is no state yet."""
+    if not (directory / "state.db").exists():
+        return {}
+    return {row[0]: Idle(*row) for row in _peek(directory, "SELECT task, round, tid FROM position")}
 
 
 def read_model(directory: Path, task: str) -> tuple[Held | None, dict[str, F32]]:

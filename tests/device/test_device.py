@@ -15,10 +15,12 @@ from training import tiny_models as tiny
 
 from edge_sdk import contributing, events
 from edge_sdk.bundle import write_bundle
-from edge_sdk.checkup import ledger_summary
+from edge_sdk.checkup import doctor, ledger_summary
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.device import CallbackFailed
 from edge_sdk.errors import ParameterError, PeerError, TransportError
+from edge_sdk.ledger import Ledger
+from edge_sdk.privacy.ledger_entry import LedgerDamaged
 from edge_sdk.protocol import aggregator
 from edge_sdk.protocol.messages import Abort, Header, Signed, decode, encode, message_hash, sign, wrap
 from edge_sdk.store import read_outcomes
@@ -779,6 +781,73 @@ class TestSecrets:
         for file in path.rglob("*"):
             if file.name not in given_by_the_test:
                 assert file.stat().st_mode & 0o077 == 0, file
+
+
+@pytest.mark.parametrize("rolled_back_to", ["before the round", "the day it was made", "another life of the same key"])
+def test_a_ledger_that_forgot_a_round_which_the_state_knows_is_not_used(tmp_path, rolled_back_to):
+    world = World(tmp_path)
+    path = world.directory()
+    made = (path / "ledger").read_bytes()
+    world.ticket(0)
+    world.device(path).run_once(60)
+    before = (path / "ledger").read_bytes()
+    world.ticket(1)
+    world.device(path).run_once(60)
+    newest = (path / "ledger").read_bytes()
+    assert len(world.taken) == 2
+    (path / "ledger").write_bytes(made if rolled_back_to == "the day it was made" else before)
+    if rolled_back_to == "another life of the same key":  # as long as the one that was lost, and other rounds in it
+        policy = contributing.read_policy(path)
+        owner = Identity((path / "identity.key").read_bytes()).public_key
+        with Ledger(path / "ledger", owner, policy.protects, policy.lifetime) as ledger:
+            drawn = next(iter(ledger.account.draws.values()))
+            for number in (7, 8):
+                ledger.draw("other", number, bytes([number]) * 32, drawn.operator, drawn.release, bytes(32), 0)
+    sent = len(world.heard_of(Upload))
+    world.ticket(2)
+    for way in ("run", "run_once"):
+        with pytest.raises(LedgerDamaged, match="rolled back or replaced: it knows nothing of round 1 of tiny"):
+            getattr(world.device(path), way)()
+    assert len(world.heard_of(Upload)) == sent
+    finding = next(finding for finding in doctor(path) if finding.check == "ledger")
+    assert (finding.ok, "round 1 of tiny" in finding.detail) == (False, True)
+    (path / "ledger").write_bytes(newest)  # its owner found the newest copy: nothing was lost
+    assert world.device(path).run_once(60).count(events.Delivered) == 1
+
+
+def test_a_waiting_contribution_does_not_leave_beside_a_ledger_that_was_rolled_back(tmp_path):
+    world = World(tmp_path, mute={Upload})
+    path = world.directory()
+    world.ticket(0)
+    made = (path / "ledger").read_bytes()
+    world.device(path).run_once(30)
+    (path / "ledger").write_bytes(made)
+    before = len(world.heard_of(Upload))
+    assert before >= 1
+    with pytest.raises(LedgerDamaged, match="rolled back or replaced"):
+        world.device(path).run_once(30)
+    assert len(world.heard_of(Upload)) == before
+
+
+@pytest.mark.parametrize("damage", [lambda ledger: ledger.unlink(), lambda ledger: ledger.write_bytes(b"x" * 1024)])
+def test_a_damaged_ledger_ends_the_run_at_once(tmp_path, damage):
+    world = World(tmp_path)
+    path = world.directory()
+    damage(path / "ledger")
+    with pytest.raises(LedgerDamaged):
+        world.device(path).run_once(30)
+    assert world.heard == []
+
+
+def test_a_policy_that_cannot_be_read_is_read_again_when_it_was_mended(tmp_path):
+    world = World(tmp_path)
+    path = world.directory()
+    world.ticket()
+    (path / "policy.toml").write_text("protects = 3")
+    report = world.device(path).run_once(30)
+    assert any("policy.toml" in event.reason for event in report.events if hasattr(event, "reason"))
+    world.write_policy(path)
+    assert world.device(path).run_once(30).count(events.Delivered) == 1
 
 
 def raising_at(at: int, error: Exception):
