@@ -29,6 +29,7 @@ from sqlalchemy import BigInteger, Boolean, Column, Float, ForeignKey, Integer, 
 
 from edge_sdk.crypto.hashing import content_hash
 from edge_sdk.errors import ParameterError, SordinoError
+from edge_sdk.files import open_locked, sync_directory, write_at, write_whole
 
 SCHEMA_VERSION = 1
 DATABASE = "coordinator.db"
@@ -749,13 +750,11 @@ class Store:
 
     def serve_alone(self) -> None:
         """Take the place of the one process that serves. Raises StoreError if another has it."""
-        fd = os.open(self.directory / "serving.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        busy = f"another process serves from {self.directory}"
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(fd)
-            raise StoreError(f"another process serves from {self.directory}") from error
-        self._served = fd
+            self._served = open_locked(self.directory / "serving.lock", os.O_RDWR | os.O_CREAT, busy)
+        except ParameterError as error:
+            raise StoreError(busy) from error
 
     def close(self) -> None:
         self._engine.dispose()
@@ -776,7 +775,7 @@ class Store:
         name = content_hash(data)
         path = self.blob_path(name)
         if not (path.exists() and path.stat().st_size == len(data)):
-            write_durably(path, data)
+            write_whole(path, data)
         return name
 
     def blob_path(self, name: bytes) -> Path:
@@ -883,16 +882,14 @@ class Vectors:
         """One upload. It is not on disk before `sync`. Raises ParameterError on another slot or size."""
         if not 0 <= slot < self.slots or len(data) != self.slot_bytes:
             raise ParameterError(f"slot {slot} of {self.slots}, {len(data)} bytes of {self.slot_bytes}")
-        view, offset = memoryview(data), slot * self.slot_bytes
+        offset = slot * self.slot_bytes
         self._reserve(offset + self.slot_bytes)
-        while view:
-            written = os.pwrite(self._fd, view, offset)
-            view, offset = view[written:], offset + written
+        write_at(self._fd, data, offset)
         self._dirty = True
         if hasattr(os, "posix_fadvise"):
             # Linux begins to write the range out, so that `sync` finds most of a batch on disk: three quarters of an
             # upload's waiting. Only advice: what counts is `sync`.
-            os.posix_fadvise(self._fd, slot * self.slot_bytes, self.slot_bytes, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._fd, offset, self.slot_bytes, os.POSIX_FADV_DONTNEED)
 
     def _reserve(self, end: int) -> None:
         """Have the file system allocate a stretch at once rather than page by page: half of what a write takes."""
@@ -925,7 +922,7 @@ class Vectors:
 
         The older checkpoint stays until `drop_sums`: the row still names it.
         """
-        write_durably(self.directory / f"sums-{slots}", sums)
+        write_whole(self.directory / f"sums-{slots}", sums)
         return content_hash(sums)
 
     def load_sums(self, slots: int, expected: bytes) -> bytes | None:
@@ -946,30 +943,6 @@ class Vectors:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def write_durably(path: Path, data: bytes | memoryview) -> None:
-    """The file is there whole and on disk, or not at all: temporary name, fsync, rename, fsync of the directory."""
-    temporary = path.with_name(path.name + ".new")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    os.replace(temporary, path)
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Names in the directory are on disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _prepare_sqlite(engine: sql.Engine) -> None:

@@ -24,7 +24,6 @@ from coordinator.store import (
     Store,
     StoreError,
     TaskRow,
-    write_durably,
 )
 from edge_sdk.crypto.hashing import content_hash
 from edge_sdk.errors import ParameterError
@@ -379,36 +378,6 @@ def test_a_file_that_a_row_names_is_not_dropped(store):
         command("go on")
     store.drop_blobs([content_hash(b"pkept")])
     assert store.blob(content_hash(b"pkept")) == b"pkept"
-
-
-def test_a_writer_killed_at_any_call_leaves_a_whole_file_or_none(tmp_path):
-    """A child writes durably and is killed before its n-th system call of the write."""
-    child = """
-import os, signal, sys
-from pathlib import Path
-from coordinator import store
-left = int(sys.argv[2])
-def counted(call):
-    def run(*a, **k):
-        global left
-        left -= 1
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return call(*a, **k)
-    return run
-for name in ("open", "write", "fsync", "replace", "close"):
-    setattr(store.os, name, counted(getattr(os, name)))
-store.write_durably(Path(sys.argv[1]), b"new content")
-"""
-    path, ends = tmp_path / "file", set()
-    for point in (0, 1, 2, 4, 5, 20):
-        write_durably(path, b"old")
-        done = subprocess.run([sys.executable, "-c", child, str(path), str(point)], check=False)
-        content = path.read_bytes()
-        assert content in (b"old", b"new content")
-        ends.add((done.returncode, content))
-    assert (0, b"new content") in ends
-    assert (-9, b"old") in ends
 
 
 def test_the_schema_is_one_that_postgresql_takes_too():
