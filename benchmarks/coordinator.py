@@ -8,7 +8,8 @@ device would send. One row a broker and n:
 - `null`: a hub that reads these frames from disk when the server pulls them. Its own time is taken out of the figure.
 - `mosquitto`, `amqtt`: on loopback with mutual TLS, as `edge-coordinator serve` has it (no topic rules); another
   process plays all devices over one connection. `carried_mb_per_s` is what the broker brings through to a hub that only
-  counts (same frames, no coordinator), `ratio` the server's share of that.
+  counts (same frames, no coordinator), `ratio` the server's share of that, in pairs of runs one after the other. What
+  plays the devices shares this machine's cores with the broker and the server: on few cores that is part of the ratio.
 
 Measured is from the first upload to the last receipt, with everything that belongs to it: chunks checked, signature and
 hashes checked, vector added, written, flushed, row committed, receipt signed, sealed shares sent to five helpers.
@@ -30,7 +31,9 @@ import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 # A script's own directory comes first in the path, and there this file is `coordinator`.
@@ -528,8 +531,8 @@ def with_broker(kind: str, directory: Path, role: str) -> dict[str, float]:
         process.wait()
 
 
-def rows(n: int, d: int, brokers: list[str]) -> list[dict[str, object]]:
-    """Prepare once for this n, then measure each broker on a copy of the store."""
+def rows(n: int, d: int, brokers: list[str], repeat: int) -> list[dict[str, object]]:
+    """Prepare once for this n, then measure each broker `repeat` times, each time on a copy of the store."""
     found: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as root:
         directory = Path(root)
@@ -537,30 +540,35 @@ def rows(n: int, d: int, brokers: list[str]) -> list[dict[str, object]]:
         shutil.copytree(directory / "store", directory / "fresh")
         size = json.loads((directory / "index.json").read_text())[0][2]
         for broker in brokers:
-            shutil.rmtree(directory / "store")
-            shutil.copytree(directory / "fresh", directory / "store")
-            os.sync()  # what was prepared is at rest: the disk would write it out while it is measured
-            extra: dict[str, object] = {}
-            if broker == "null":
-                result = json.loads(Role("--role", "null", "--directory", root).line())
-            else:
-                result = with_broker(broker, directory, "server")
-                sink = with_broker(broker, directory, "sink")
-                carried = n * size / sink["seconds"] / 1e6
-                extra = {
-                    "carried_mb_per_s": round(carried, 1),
-                    "ratio": round(n * size / result["seconds"] / 1e6 / carried, 2),
-                }
-            found.append(
-                {
-                    "broker": broker, "n": n, "d": d, "upload_bytes": size,
-                    "uploads_per_s": round(n / result["seconds"], 1),
-                    "mb_per_s": round(n * size / result["seconds"] / 1e6, 1), "rss_mb": round(result["rss_mb"], 1),
-                    "cpu_ms_per_upload": round(1e3 * result["cpu_s"] / n, 2),
-                    **extra,
-                }
-            )  # fmt: skip
+            served, carried = [], []
+            for _ in range(repeat):
+                shutil.rmtree(directory / "store")
+                shutil.copytree(directory / "fresh", directory / "store")
+                os.sync()  # what was prepared is at rest: the disk would write it out while it is measured
+                if broker == "null":
+                    served.append(json.loads(Role("--role", "null", "--directory", root).line()))
+                else:
+                    served.append(with_broker(broker, directory, "server"))
+                    carried.append(with_broker(broker, directory, "sink"))
+            seconds = [result["seconds"] for result in served]
+            row: dict[str, object] = {
+                "broker": broker, "n": n, "d": d, "upload_bytes": size,
+                "uploads_per_s": round(n / median(seconds), 1), "uploads_per_s_range": _range(n / s for s in seconds),
+                "mb_per_s": round(n * size / median(seconds) / 1e6, 1),
+                "rss_mb": round(max(result["rss_mb"] for result in served), 1),
+                "cpu_ms_per_upload": round(1e3 * median(result["cpu_s"] for result in served) / n, 2),
+            }  # fmt: skip
+            if carried:
+                row["carried_mb_per_s"] = round(n * size / median(sink["seconds"] for sink in carried) / 1e6, 1)
+                ratios = [sink["seconds"] / mine for sink, mine in zip(carried, seconds, strict=True)]
+                row |= {"ratio": round(median(ratios), 2), "ratio_range": _range(ratios, 2)}
+            found.append(row)
     return found
+
+
+def _range(values: Iterable[float], digits: int = 0) -> list[float]:
+    listed = list(values)
+    return [round(min(listed), digits), round(max(listed), digits)]
 
 
 def main() -> None:
@@ -568,6 +576,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, nargs="+", default=[125, 500])
     parser.add_argument("--d", type=int, default=100_000)
     parser.add_argument("--broker", nargs="+", default=["null", "mosquitto", "amqtt"])
+    parser.add_argument("--repeat", type=int, default=3, help="of which the medians, and the least and the most")
     parser.add_argument("--json", action="store_true", help="one object a line")
     parser.add_argument("--role", choices=("prepare", "null", "server", "sink", "load", "straight"), help="internal")
     parser.add_argument("--directory", type=Path, help="internal")
@@ -586,7 +595,7 @@ def main() -> None:
             load(options.directory, options.url, options.role == "straight")
         case _:
             for n in options.n:
-                for row in rows(n, options.d, options.broker):
+                for row in rows(n, options.d, options.broker, options.repeat):
                     print(
                         json.dumps(row) if options.json else "  ".join(f"{k} {v}" for k, v in row.items()), flush=True
                     )
