@@ -15,13 +15,13 @@ FRAMES_S = 100.0
 
 STOCK = 1000.0
 
-REFUSED = 10.0
-"""What a frame costs that was refused with a line in the log."""
+COSTLY = 10.0
+"""What a frame costs that was refused with a line in the log, or has us read the store."""
 
 MOST_EXPECTED = 1024
 """Chunks that were asked for and may still come."""
 
-PATIENCE = 1000
+PATIENCE = 250
 """So many frames are dropped before the device is kept out."""
 
 SILENCE_S = 60.0
@@ -69,10 +69,10 @@ class Quotas:
         account = self._account(device, now_s)
         account.expected = min(account.expected + frames, MOST_EXPECTED)
 
-    def refused(self, device: str, now_s: float) -> None:
-        """One that was looked at was bad: it cost a line in the log."""
+    def charge(self, device: str, now_s: float) -> None:
+        """One that was looked at was a costly one."""
         account = self._account(device, now_s)
-        account.left = max(0.0, account.left - REFUSED)
+        account.left = max(0.0, account.left - COSTLY)
 
     def kept_out(self, now_s: float) -> frozenset[str]:
         """Who floods, and is to be kept out now."""

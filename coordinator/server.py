@@ -482,6 +482,7 @@ class Server:
                 case Leaving():
                     self._leave(device)
                 case Prekeys():
+                    self._quotas.charge(device, now_s)
                     self._on_prekeys(device, frame, now_s)
                 case Letter():
                     self._on_letter(device, frame, now_s)
@@ -499,7 +500,7 @@ class Server:
         except PeerError as error:
             log.warning("device %s: %s", device[:16], error)
             self._on_event(events.Refused(device, str(error)))
-            self._quotas.refused(device if device in self._devices else "", now_s)
+            self._quotas.charge(device if device in self._devices else "", now_s)
 
     def _answer(self, device: str, frame: Down) -> None:
         self._mail.answer(device, encode_frame(frame))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator import events
-from coordinator.quotas import FRAMES_S, MOST_EXPECTED, PATIENCE, REFUSED, SILENCE_S, STOCK, Quotas
+from coordinator.quotas import COSTLY, FRAMES_S, MOST_EXPECTED, PATIENCE, SILENCE_S, STOCK, Quotas
 from coordinator.store import Store
 from edge_sdk.protocol.plan import delta_bits
 from edge_sdk.transport.wire import CHUNK_BYTES, Chunk, Hello, Prekeys, Pull, encode_frame
@@ -53,12 +53,12 @@ def test_who_is_asked_and_does_not_send_gathers_no_licence_to_flood():
     assert taken(quotas, "a", 100_000, 0.0) == MOST_EXPECTED
 
 
-def test_a_frame_that_is_refused_costs_more():
+def test_a_costly_frame_counts_as_several():
     quotas, refusals = Quotas(), 0
     while quotas.take("a", 0.0):
-        quotas.refused("a", 0.0)
+        quotas.charge("a", 0.0)
         refusals += 1
-    assert refusals == pytest.approx(STOCK / (REFUSED + 1), abs=1)
+    assert refusals == pytest.approx(STOCK / (COSTLY + 1), abs=1)
 
 
 def test_who_goes_on_is_kept_out_for_a_while_and_then_heard_again():
@@ -117,6 +117,6 @@ def test_one_device_that_floods_gets_its_stock_of_frames_looked_at_and_the_round
     assert looked_at.count(mallory.name) <= STOCK + FRAMES_S * turns * 0.1 + 1
     assert kept_out[0] == {mallory.name}
     said = [line for line in caplog.messages if mallory.name[:16] in line]
-    assert len(said) <= 2 + (STOCK + FRAMES_S * turns * 0.1) / REFUSED
+    assert len(said) <= 2 + (STOCK + FRAMES_S * turns * 0.1) / COSTLY
     refused = [event.device for event in fleet.events if isinstance(event, events.Refused)]
     assert set(refused) == {mallory.name}
