@@ -13,6 +13,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import SEEK_END
 from math import prod
 from pathlib import Path
 from typing import Annotated, Literal
@@ -263,7 +264,9 @@ class Bundle:
         limit = min(max_bytes, MAX_BUNDLE_BYTES)
         if not isinstance(source, bytes):
             with Path(source).open("rb") as file:
-                source = file.read(limit + 1)
+                size = file.seek(0, SEEK_END)
+                file.seek(0)
+                source = file.read(min(size, limit) + 1)  # a buffer of this length is made at once
         if len(source) > limit:
             raise PeerError(f"bundle: more than {limit} bytes")
         archive = _Archive(source)

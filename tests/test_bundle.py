@@ -6,6 +6,7 @@ import json
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from functools import cache
 
@@ -223,6 +224,19 @@ def test_another_publishers_bundle_is_refused_by_name():
     manifest = tiny.draft()
     theirs = write_bundle(manifest, tiny.graphs(manifest), tiny.initial_parameters(manifest), other)
     refused(theirs, "not by the publisher")
+
+
+def test_reading_a_file_takes_memory_by_its_size_and_not_by_the_limit(tmp_path):
+    path = tmp_path / "model.bundle"
+    path.write_bytes(good())
+    Bundle.read(path, KEY)
+    tracemalloc.start()
+    Bundle.read(path, KEY)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 1 << 20
+    with pytest.raises(PeerError, match="more than 100 bytes"):
+        Bundle.read(path, KEY, max_bytes=100)
 
 
 def test_one_of_several_pinned_keys_is_enough_and_its_faults_are_told():
