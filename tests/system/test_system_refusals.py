@@ -81,6 +81,10 @@ class Client:
         mid = self._client.publish(topic, payload, qos=1).mid
         self._wait(lambda: mid in self._done or self.state == "closed")
 
+    def flood(self, topic, payload, count):
+        for _ in range(count):
+            self._client.publish(topic, payload, qos=0)
+
     def subscribe(self, topic):
         _, mid = self._client.subscribe(topic, qos=1)
         self._wait(lambda: mid in self._done or self.state == "closed")
@@ -152,6 +156,27 @@ def test_strangers_trespassers_and_used_or_old_tokens_are_refused_while_a_round_
     assert thief.messages == []
     assert [line for line in it.journal.lines("coordinator", "refused") if line["device"] == victim] == []
     assert it.journal.lines("device1", "warned") == []
+
+
+def test_a_device_that_floods_is_shut_out_by_the_broker_while_a_round_goes_on(install, broker):
+    it = install("--broker", broker)
+    it.populate()
+    gate = it.gate("device0")
+    it.add_task(rounds=1)
+    gate.entered()
+    it.join("mallory")
+    name = it.key("mallory").hex()
+    mallory = Client(it, name, (it.directory / "mallory" / "tls.pem", it.directory / "mallory" / "tls.key"))
+    assert mallory.outcome == "connected"
+    mallory.flood(f"fl/v1/up/{name}", b"\xc1" * 20, 5000)
+    wait_log(it, name[:16], "it floods: frames that nobody asked for are dropped")
+    wait_log(it, name[:16], "the broker keeps it out for a while")
+    it.wait("coordinator", "refused", device=name, reason="it floods: frames that nobody asked for are dropped")
+    gate.open()
+    it.wait("coordinator", "task_done", task="digits")
+    mallory.close()
+    assert it.check() == {0: everyone(it)}
+    assert len([line for line in it.log("coordinator").splitlines() if name[:16] in line]) < 250
 
 
 @pytest.mark.parametrize("kind", ["mosquitto", "amqtt", "external"])
