@@ -168,7 +168,7 @@ class Amqtt:
         self.url = listener.local_url
         self._listener = listener
         self._lock = threading.Lock()
-        self._revoked = frozenset(revoked)
+        self._revoked, self._silenced = frozenset(revoked), frozenset[str]()
         self._running: tuple[asyncio.AbstractEventLoop, _Broker, asyncio.Event] | None = None
         self._closing = threading.Event()
         self._first = threading.Event()
@@ -189,10 +189,11 @@ class Amqtt:
 
     def silence(self, devices: Collection[str]) -> None:
         with self._lock:
+            self._silenced = frozenset(devices)
             if self._running is None:
                 return
             loop, broker, _ = self._running
-            asyncio.run_coroutine_threadsafe(_silence(broker, frozenset(devices)), loop)
+            asyncio.run_coroutine_threadsafe(_silence(broker, self._silenced), loop)
 
     def close(self) -> None:
         self._closing.set()
@@ -243,7 +244,7 @@ class Amqtt:
             broker = _Broker(config, self._revoked)
         await broker.start()
         with self._lock:
-            broker.revoked = self._revoked
+            broker.revoked, broker.silenced = self._revoked, self._silenced
             self._running = asyncio.get_running_loop(), broker, leave
             if self._closing.is_set():
                 leave.set()

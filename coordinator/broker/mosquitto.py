@@ -33,11 +33,14 @@ log = logging.getLogger("sordino.broker")
 START_S = 10.0
 END_S = 5.0
 
-LOG_BYTES = 1 << 20
-"""Of the pipe that the log comes through; it holds some thousand packets' lines."""
+LOG_BYTES = 256 << 10
+"""Of the pipe that the log comes through; it holds the lines of some hundred packets."""
 
 LISTEN_S = 0.05
 """Between two looks at the log: reading it line by line would cost more than writing it."""
+
+LINES_AT_ONCE = 100
+"""That are of no packet and are looked at; a client that has thousands written would take our time with them."""
 
 _PACKETS = (b"Received ", b"Sending ", b"\t")
 """How the lines of packets begin; those of topics that a SUBSCRIBE names are indented."""
@@ -278,11 +281,12 @@ class _LogReader:
 
     def read(self, lines: Iterable[bytes]) -> list[str]:
         """Log what they tell. Returns those that are of no packet."""
-        few = []
+        few: list[str] = []
         for line in lines:
             if not line.startswith(_PACKETS):
-                few.append(line.decode(errors="replace"))
-                self._on_line(few[-1])
+                if len(few) < LINES_AT_ONCE:
+                    few.append(line.decode(errors="replace"))
+                    self._on_line(few[-1])
             elif self._will_of:  # nearly all lines end above or here: thousands a second, so they must cost nothing
                 if line.startswith(b"\t"):
                     self._on_will(self._will_of, line[1:].decode(errors="replace"))

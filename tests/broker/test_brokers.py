@@ -11,7 +11,7 @@ import pytest
 from parties import DEADLINE_S, Party
 
 from coordinator.broker import Listener, start_broker
-from coordinator.broker.mosquitto import _LogReader, find_mosquitto
+from coordinator.broker.mosquitto import LINES_AT_ONCE, _LogReader, find_mosquitto
 from coordinator.broker.rules import LINES, WINDOW_S, Refusals
 from coordinator.ca import CertificateAuthority
 from edge_sdk.errors import ParameterError
@@ -326,6 +326,11 @@ def test_a_broker_whose_log_nobody_reads_goes_on(world, monkeypatch):
             wait_for(alice, lambda item: item == b"last %d" % number)  # noqa: B023
     finally:
         reading.set()
+
+
+def test_a_client_that_has_thousands_of_lines_written_takes_little_of_our_time():
+    denied = b"Denied PUBLISH from " + b"a" * 64 + b" (d0, q1, r0, m1, 'x', ... (6 bytes))"
+    assert len(_LogReader(Refusals()).read([denied] * 10_000)) == LINES_AT_ONCE
 
 
 @pytest.mark.parametrize("line", [
