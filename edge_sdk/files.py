@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from edge_sdk.errors import ParameterError
@@ -37,7 +38,8 @@ def write_once(path: Path, *parts: Data, mode: int = 0o600) -> bool:
     Arguments and errors as `write_whole`.
     """
     if path.exists():
-        _fresh(path).unlink(missing_ok=True)  # of a try that was cut short: a second name of a key
+        with suppress(OSError):  # none, or a file system that is read-only
+            _fresh(path).unlink()  # of a try that was cut short: a second name of a key
         return False
     fresh = _written(path, parts, mode)
     try:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from edge_sdk import events
 from edge_sdk.contributing import CannotSend, Contributing, Rules, RulesFile, check_fits, read_bundle
@@ -19,6 +19,7 @@ from edge_sdk.crypto.hashing import content_hash
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError, PeerError, RoundAborted, SordinoError
 from edge_sdk.fetching import Fetches
+from edge_sdk.models import Here, Models
 from edge_sdk.protocol import contributor
 from edge_sdk.protocol.authority import FleetEpoch
 from edge_sdk.protocol.contributor import Enrolled, Sent
@@ -63,11 +64,6 @@ from edge_sdk.transport.wire import (
     decode_down,
     encode_frame,
 )
-
-if TYPE_CHECKING:
-    pass
-
-from edge_sdk.models import Here, Models
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
