@@ -245,7 +245,6 @@ class Bundle:
     hash: bytes
     publisher: bytes
     _files: Mapping[str, memoryview] = field(repr=False)
-    _initial: F32 = field(repr=False)
 
     @staticmethod
     def read(source: bytes | Path | str, *publisher_keys: bytes, max_bytes: int = MAX_BUNDLE_BYTES) -> Bundle:
@@ -286,8 +285,8 @@ class Bundle:
             files[entry.name] = content
         archive.finish()
         _check_graphs(manifest, files)
-        initial = _read_parameters(manifest, files[PARAMETERS])
-        return Bundle(manifest, bundle_hash(bytes(manifest_bytes)), publisher_key, files, initial)
+        _check_parameters(manifest, files[PARAMETERS])
+        return Bundle(manifest, bundle_hash(bytes(manifest_bytes)), publisher_key, files)
 
     @property
     def dimension(self) -> int:
@@ -304,8 +303,14 @@ class Bundle:
         return bytes(self._files[entry])
 
     def parameters(self) -> dict[str, F32]:
-        """Name -> initial value, float32, for every parameter and buffer. Read-only views."""
-        return split(self._initial, self.manifest.parameters)
+        """Name -> initial value, float32, for every parameter and buffer: views of a new copy, read-only.
+
+        Made at each call, so that a device which trains does not hold the initial values beside its own.
+        """
+        # A copy: float32 at an aligned address, and little endian turned to the machine's order.
+        flat = _stored_parameters(self.manifest, self._files[PARAMETERS]).astype(np.float32)
+        flat.flags.writeable = False
+        return split(flat, self.manifest.parameters)
 
     def flatten(self, parameters: Mapping[str, F32]) -> F32:
         """`Manifest.flatten`."""
@@ -461,19 +466,20 @@ def write_safetensors(table: Sequence[Parameter], parameters: Mapping[str, F32])
     return _safetensors_header(table) + b"".join(array.astype("<f4").tobytes() for array in arrays)
 
 
-def _read_parameters(manifest: Manifest, content: memoryview) -> F32:
-    """Every parameter and buffer, one after the other: float32, read-only, finite."""
+def _check_parameters(manifest: Manifest, content: memoryview) -> None:
+    """Return if `content` is the manifest's parameters and buffers, all finite, else raise PeerError."""
     header = _safetensors_header(manifest.parameters)
     expected = len(header) + 4 * sum(parameter.size for parameter in manifest.parameters)
     if len(content) != expected or content[: len(header)] != header:
         raise PeerError(f"{PARAMETERS}: not the {expected} bytes and the header that the manifest's table gives")
-    # A copy: float32 at an aligned address, and little endian turned to the machine's order.
-    flat = np.frombuffer(content[len(header) :], dtype="<f4").astype(np.float32)
-    for name, array in split(flat, manifest.parameters).items():
+    for name, array in split(_stored_parameters(manifest, content), manifest.parameters).items():
         if not np.isfinite(array).all():
             raise PeerError(f"{PARAMETERS}: parameter {name!r} has a value that is not finite")
-    flat.flags.writeable = False
-    return flat
+
+
+def _stored_parameters(manifest: Manifest, content: memoryview) -> F32:
+    """Every parameter and buffer, one after the other, as the entry holds them: little endian, at any address."""
+    return np.frombuffer(content[len(_safetensors_header(manifest.parameters)) :], dtype="<f4")
 
 
 # The archive: ZIP (APPNOTE 6.3.10) in one fixed form.

@@ -212,13 +212,13 @@ def dimension_of(manifest: Manifest, round_: Round) -> int:
 def read_parameters(content: bytes, expected: bytes, manifest: Manifest) -> F32:
     """Shared parameters, float32 (d,), from their little-endian bytes, if these are the ones of that hash.
 
-    Raises PeerError on another hash or length.
+    A read-only view of `content` where the machine's order is theirs.  Raises PeerError on another hash or length.
     """
     if content_hash(content) != expected:
         raise PeerError(f"parameters: not those of hash {expected.hex()[:16]}")
     if len(content) != 4 * manifest.dimension:
         raise PeerError(f"parameters: {len(content)} bytes, but the bundle's vector has {4 * manifest.dimension}")
-    return np.frombuffer(content, dtype="<f4").astype(np.float32)
+    return np.frombuffer(content, dtype="<f4").astype(np.float32, copy=False)
 
 
 class Contributing:
@@ -281,28 +281,27 @@ class Contributing:
         training: Training,
         device: Enrolled,
         bundle: Bundle,
-        parameters: bytes,
+        parameters: Path,
         ledger: Ledger,
         now: Callable[[], float],
         should_stop: Callable[[], bool],
     ) -> Sent:
         """Train, encode, mask, store. When this returns the contribution is durable; `charge` comes next.
 
-        bundle: from `read_bundle`.  parameters: the ticket's, as they came.  now: Unix seconds.  should_stop: asked
-        between batches, besides the ticket's own end.
+        bundle: from `read_bundle`.  parameters: the file of the ticket's, as they came.  now: Unix seconds.
+        should_stop: asked between batches, besides the ticket's own end.
         Raises PeerError if bundle, parameters and ticket do not fit together or the graph misbehaves; RoundAborted if
-        it was stopped or the round closed; ParameterError on wrong examples. Nothing was sent then.
+        it was stopped or the round closed; ParameterError on wrong examples; OSError from the disk. Nothing was sent
+        then.
         """
         round_ = training.round
         check_fits(round_, bundle)
-        shared = read_parameters(parameters, round_.ticket.parameters, bundle.manifest)
         mechanism = mechanism_of(round_)
 
         def stop() -> bool:
             return now() >= round_.ticket.closes_s or should_stop()
 
-        vector, metrics, local = self._run(round_.ticket, mechanism, bundle, shared, stop)
-        del shared
+        vector, metrics, local = self._run(round_.ticket, mechanism, bundle, parameters, stop)
         _give_back()
         noisy = metrics if mechanism.metric_scale else None
         integers = encode(mechanism, vector, noisy, round_.tid, self._entropy(32))
@@ -314,14 +313,15 @@ class Contributing:
         return sent
 
     def _run(
-        self, ticket: Ticket, mechanism: Mechanism, bundle: Bundle, shared: F32, stop: Callable[[], bool]
+        self, ticket: Ticket, mechanism: Mechanism, bundle: Bundle, parameters: Path, stop: Callable[[], bool]
     ) -> tuple[F64, MetricSums, dict[str, F32]]:
         """Training, and the local parameters after it, flat. The trainer's memory is free before noise and mask ask for
         theirs."""
         from edge_sdk.training.onnx import OnnxTrainer  # 30 MB that a device without a round need not hold
 
         trainer = OnnxTrainer(bundle, self._threads)
-        trainer.load_shared(shared)
+        # Read here and bound to no name: neither the file's bytes nor the vector lie beside the trainer's own copy.
+        trainer.load_shared(read_parameters(parameters.read_bytes(), ticket.parameters, bundle.manifest))
         kept = self._store.local(self.task, bundle.hash)
         if kept:
             table = bundle.manifest.of_role("local")

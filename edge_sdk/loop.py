@@ -553,10 +553,9 @@ class Loop:
             self._training = task
             bundle = read_bundle(here.bundle, task, rules.policy, self._p.max_bundle_bytes)
             check_fits(entered.training.round, bundle)
-            parameters = here.parameters.read_bytes()
             self._emit(events.Training(task, ticket.round))
             sent = own.contribute(
-                entered.training, entered.enrolled, bundle, parameters, rules.ledger, self._p.clock.time_s,
+                entered.training, entered.enrolled, bundle, here.parameters, rules.ledger, self._p.clock.time_s,
                 lambda: self._stop_training(entered),
             )  # fmt: skip
         except RoundAborted as error:
