@@ -152,3 +152,4 @@ class Client:
     def close(self):
         self._paho.disconnect()
         self._paho.loop_stop()
+        self._paho._reset_sockets()  # paho leaves the pair that it wakes itself by to its finaliser
