@@ -2,7 +2,9 @@
 
     python benchmarks/device_footprint.py --json
     python benchmarks/device_footprint.py --json --bundle X.bundle
-    python benchmarks/device_footprint.py --steps     (on stderr, what is resident after each step of the rounds)
+    python benchmarks/device_footprint.py --steps     (on stderr, what is resident after each step of the rounds, and
+                                                       at the second one's training by library)
+    python benchmarks/device_footprint.py --libraries (on stderr, what the libraries take without this project)
 
 Trains a CNN of LeNet-5's size (examples/models/lenet.py, 61,706 parameters, batch 32), built by `export` if PyTorch is
 installed, else the demo's checked-in digits bundle. A real `Device` runs in a process of its own, with everything
@@ -52,7 +54,7 @@ def lenet_bundle(folder: Path) -> Path | None:
 
 def measure_device(bundle: Path, folder: Path, *, steps: bool = False) -> dict[str, object]:
     """Memory of a process that is a device and nothing else."""
-    environment = {**os.environ, **byte_code(folder), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment = one_thread(folder)
     script = [sys.executable, "-c", "import sys, footprint_device; footprint_device.run(sys.argv[1:])"]
     for place in ("first", "second"):  # the first leaves the byte code of all that a round loads
         ended = subprocess.run(  # noqa: S603
@@ -65,6 +67,23 @@ def measure_device(bundle: Path, folder: Path, *, steps: bool = False) -> dict[s
         sys.stderr.write(ended.stderr)
     found: dict[str, object] = json.loads(ended.stdout)
     return found
+
+
+def say_libraries(bundle: Path, folder: Path) -> None:
+    """On stderr: what footprint_libraries.py finds."""
+    for _ in range(2):  # the first leaves the byte code
+        ended = subprocess.run(  # noqa: S603
+            [sys.executable, str(HERE / "footprint_libraries.py"), str(bundle.resolve())],
+            capture_output=True, text=True, check=False, env=one_thread(folder),
+        )  # fmt: skip
+        if ended.returncode:
+            raise SystemExit(ended.stderr)
+    sys.stderr.write(ended.stderr)
+
+
+def one_thread(folder: Path) -> dict[str, str]:
+    """The environment of what is measured."""
+    return {**os.environ, **byte_code(folder), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def byte_code(folder: Path) -> dict[str, str]:
@@ -117,10 +136,13 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one object on stdout")
     parser.add_argument("--bundle", type=Path, help="train this one (its publisher is not checked)")
     parser.add_argument("--steps", action="store_true", help="what is resident after each step of a round, on stderr")
+    parser.add_argument("--libraries", action="store_true", help="what the libraries alone take, on stderr")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         bundle = options.bundle or lenet_bundle(folder) or HERE.parent / "examples" / "demo" / "digits.bundle"
+        if options.libraries:
+            say_libraries(bundle, folder)
         found = measure_device(bundle, folder, steps=options.steps)
         found |= {"import_s": import_s(folder), "installed_mb": installed_mb()}
     if options.json:

@@ -90,21 +90,41 @@ def say_resident(step: str) -> None:
     sys.stderr.write(f"{step:24} {total:6.1f}  own {own:5.1f}  file {file:5.1f}  peak {peak:6.1f}\n")
 
 
+def say_mappings(least_mb: float = 0.3) -> None:
+    """What is resident, by what is mapped: the kernel's /proc/self/smaps, summed for each file."""
+    found: dict[str, list[int]] = {}
+    name = ""
+    with Path("/proc/self/smaps").open() as lines:
+        for line in lines:
+            field, *rest = line.split()
+            if not field.endswith(":"):  # a mapping: its addresses, and at the end perhaps its file
+                name = rest[-1].rpartition("/")[2] if len(rest) == 5 else "[not named: Python's objects, large blocks]"
+            elif field in ("Rss:", "Anonymous:"):
+                found.setdefault(name, [0, 0])[field == "Anonymous:"] += int(rest[0]) * 1024
+    for name, (total, own) in sorted(found.items(), key=lambda entry: -entry[1][0]):
+        if total >= least_mb * MB:
+            sys.stderr.write(f"    {name[:55]:56} {total / MB:5.1f}  own {own / MB:5.1f}\n")
+
+
 def say_steps() -> None:
-    """From here on every step of a round says what is resident after it."""
+    """From here on every step of a round says what is resident after it, and the second one's training by what."""
+    trained = 0
 
     def saying(step: str, call: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(call)
         def stepped(*given: object, **named: object) -> object:
+            nonlocal trained
             result = call(*given, **named)
             say_resident(step)
+            trained += step == "trained"
+            if step == "trained" and trained == 2:  # the first has not yet had what noise and mask leave
+                say_mappings()
             return result
 
         return stepped
 
     parts: list[tuple[Any, str, str]] = [
-        (contributing, "read_parameters", "parameters read"),
-        (Store, "local", "graph loaded"),  # what is asked for next
+        (contributing, "read_parameters", "graph loaded"),  # what is asked for next
         (contributing.Contributing, "_train", "trained"),
         (contributing.Contributing, "_run", "trainer freed"),
         (contributing, "encode", "encoded"),
