@@ -239,6 +239,23 @@ def test_reading_a_file_takes_memory_by_its_size_and_not_by_the_limit(tmp_path):
         Bundle.read(path, KEY, max_bytes=100)
 
 
+def test_a_bundle_holds_its_bytes_and_no_second_copy_of_its_parameters():
+    table = [(p.name, p.shape, p.role) for p in tiny.draft().parameters]
+    large = parameter_table([*table, ("large", (1 << 18,), "buffer")])
+    archive = tiny.bundle_bytes(parameters=large)
+    Bundle.read(archive, KEY)
+    tracemalloc.start()
+    bundle = Bundle.read(archive, KEY)
+    bundle.parameters()
+    held_bytes, _ = tracemalloc.get_traced_memory()
+    parameters = bundle.parameters()
+    both_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held_bytes < 1 << 19
+    assert both_bytes >= 1 << 20
+    assert parameters["large"].flags.aligned
+
+
 def test_one_of_several_pinned_keys_is_enough_and_its_faults_are_told():
     other = Identity(b"another".ljust(32)).public_key
     for keys in ((other, KEY), (KEY, other)):
