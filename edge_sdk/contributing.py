@@ -305,6 +305,7 @@ class Contributing:
         _give_back()
         noisy = metrics if mechanism.metric_scale else None
         integers = encode(mechanism, vector, noisy, round_.tid, self._entropy(32))
+        del vector  # before the mask, which takes several times its size
         anchor = Anchor(*ledger.head)
         sent = training.contribute(integers, device, anchor, self._entropy(32), encapsulate, now())
         self._store.save_contribution(sent, local)
