@@ -55,14 +55,17 @@ def to_executorch(graph: fx.GraphModule, example: Sequence[Tensor], backend: Bac
     Raises UnsupportedModelError for a graph with an operator that ExecuTorch's kernels lack.
     """
     with _quiet():
-        from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+        from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge
         from executorch.exir.passes import MemoryPlanningPass
 
         if backend not in ("xnnpack", "portable"):
             raise UnsupportedModelError(f"no ExecuTorch back end is called {backend!r}: use xnnpack or portable")
-        partitioner = [_partitioner()] if backend == "xnnpack" else []
         program = torch.export.export(lower(graph, example), tuple(example))
-        edge = to_edge_transform_and_lower(program, partitioner=partitioner, compile_config=EdgeCompileConfig())
+        # Not to_edge_transform_and_lower: it traces the graph twice more, to keep operators that XNNPACK wants whole.
+        # Of those nothing is left, and the bytes are the same.
+        edge = to_edge(program, compile_config=EdgeCompileConfig())
+        if backend == "xnnpack":
+            edge = edge.to_backend(_partitioner())
         # Inputs and outputs stay where the caller has them: parameters are not copied in and out at every step.
         planning = MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
         return bytes(edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning)).buffer)
@@ -93,11 +96,7 @@ def _partitioner() -> Any:
 
         return Narrowed
 
-    class Partitioner(XnnpackPartitioner):  # type: ignore[misc]
-        def ops_to_not_decompose(self, ep: Any) -> tuple[list[Any], None]:
-            return [], None  # nothing is left that would be decomposed; to ask so costs three passes over the graph
-
-    return Partitioner(configs=[narrowed(config) for config in ALL_PARTITIONER_CONFIGS])
+    return XnnpackPartitioner(configs=[narrowed(config) for config in ALL_PARTITIONER_CONFIGS])
 
 
 @contextmanager
@@ -544,7 +543,13 @@ def _filled(rewriter: _Rewriter, node: fx.Node, args: Sequence[Any], kwargs: dic
 
 @_rule(aten.constant_pad_nd.default)
 def _pad(rewriter: _Rewriter, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    return args[0] if not any(args[1]) else None
+    """Padding below zero cuts off: ExecuTorch's kernel refuses it, at the first step and not before."""
+    x, widths = args[0], list(args[1])
+    for i, (before, after) in enumerate(zip(widths[::2], widths[1::2], strict=True)):
+        dim = x.dim() - 1 - i
+        x = _part(x, dim, max(-before, 0), x.shape[dim] + min(after, 0))
+    widths = [max(width, 0) for width in widths]
+    return functional.pad(x, widths, value=_argument(node, args, kwargs, "value")) if any(widths) else x
 
 
 # Reductions

@@ -6,6 +6,7 @@ Nothing of the package under test is used but the names and roles of the paramet
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from export.graph import CapturedStep, TrainingSpec, Unit, capture
+from export.to_executorch import to_executorch
 from export.to_onnx import train_to_onnx
 
 TOLERANCE = 1e-5
@@ -179,6 +181,32 @@ def session_of(model: bytes) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
+def run_executorch(step: CapturedStep) -> Runner:
+    """The same graph in ExecuTorch, lowered with XNNPACK as a build lowers it."""
+    run = load_executorch(to_executorch(step.train, step.train_example))
+
+    def named(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(zip(step.train_outputs, run([feeds[n].contiguous() for n in step.train_inputs]), strict=True))
+
+    return named
+
+
+def load_executorch(program: bytes) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """The program's one method: inputs to outputs, in the program's order."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch and executorch warn about each other
+        from executorch.runtime import Runtime
+
+        loaded = Runtime.get().load_program(program)
+    method = loaded.load_method("forward")
+
+    def run(inputs: Sequence[Tensor], kept: object = (program, loaded)) -> list[Tensor]:
+        # A method runs in its program's memory without keeping it alive: `kept` does.
+        return [output.clone() for output in method.execute(list(inputs))]
+
+    return run
+
+
 def feeds_of(step: CapturedStep, batch: Batch, **scalars: float | Tensor) -> dict[str, Tensor]:
     """Every input of the step by its name."""
     names = ["x"] if len(batch.inputs) == 1 else [f"x{i}" for i in range(len(batch.inputs))]
@@ -296,12 +324,23 @@ def assert_gradients(
 
 
 def check(
-    spec: TrainingSpec, size: int = 4, unit: Unit = "example", onnx: bool = False, proximal: bool = False, seed: int = 1
+    spec: TrainingSpec,
+    size: int = 4,
+    unit: Unit = "example",
+    onnx: bool = False,
+    executorch: bool = False,
+    proximal: bool = False,
+    seed: int = 1,
 ) -> CapturedStep:
-    """Capture, run and compare: in PyTorch, and in ONNX Runtime too if asked."""
+    """Capture, run and compare: in PyTorch, and in ONNX Runtime and ExecuTorch too if asked."""
     step = capture(spec, unit, size, proximal)
     batch = draw_batch(spec, step, size, seed)
-    for run in [run_fx(step), *([run_onnx(onnx_of(step))] if onnx else [])]:
+    runners = [run_fx(step)]
+    if onnx:
+        runners.append(run_onnx(onnx_of(step)))
+    if executorch:
+        runners.append(run_executorch(step))
+    for run in runners:
         if unit == "example":
             assert_example_step(spec, step, batch, run)
         else:

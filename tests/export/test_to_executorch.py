@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +13,7 @@ pytest.importorskip("executorch")
 
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from oracle import TOLERANCE, Batch, draw_batch  # noqa: E402
+from oracle import TOLERANCE, Batch, draw_batch, load_executorch  # noqa: E402
 from torch import Tensor, fx, nn  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
@@ -118,28 +117,13 @@ class Built:
         return dict(zip(self.step.train_outputs, self.run(self.inputs(batch, scalar)), strict=True))
 
 
-def load(program: bytes) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from executorch.runtime import Runtime
-
-        loaded = Runtime.get().load_program(program)
-    method = loaded.load_method("forward")
-
-    def run(inputs: Sequence[Tensor], kept: object = (program, loaded)) -> list[Tensor]:
-        # A method runs in its program's memory without keeping it alive: `kept` does.
-        return [output.clone() for output in method.execute(list(inputs))]
-
-    return run
-
-
 @functools.cache
 def built(name: str, unit: Unit = "example") -> Built:
     torch.manual_seed(0)
     spec = MODELS[name]()
     step = capture(spec, unit, BATCH)
     program = to_executorch(step.train, step.train_example)
-    return Built(spec, step, program, load(program))
+    return Built(spec, step, program, load_executorch(program))
 
 
 def assert_close(found: Tensor, wanted: Tensor, what: str) -> None:
@@ -190,7 +174,7 @@ def test_predictions_equal_those_of_torch(name: str) -> None:
     batch = draw_batch(built(name).spec, step, BATCH)
     inputs = [*(p.value for p in step.parameters), *batch.inputs]
     wanted = step.predict(*inputs)
-    (found,) = load(to_executorch(step.predict, step.predict_example))(inputs)
+    (found,) = load_executorch(to_executorch(step.predict, step.predict_example))(inputs)
     assert_close(found, wanted, "output")
 
 
@@ -250,7 +234,7 @@ def test_a_nan_that_frozen_layers_swallow_is_seen_at_the_input() -> None:
     spec = TrainingSpec(model, "cross_entropy", [torch.zeros(1, 6, 6)], torch.zeros((), dtype=torch.long), frozen=["0"])
     step = capture(spec, "example", BATCH)
     program = to_executorch(step.train, step.train_example)
-    small = Built(spec, step, program, load(program))
+    small = Built(spec, step, program, load_executorch(program))
     batch = draw_batch(spec, step, BATCH)
     spoilt = batch.inputs[0].clone()
     spoilt[3, 0, 2, 2] = float("nan")
@@ -280,7 +264,7 @@ def test_portable_kernels_alone_give_the_same() -> None:
     program = to_executorch(model.step.train, model.step.train_example, backend="portable")
     assert b"XnnpackBackend" not in program
     assert b"XnnpackBackend" in model.program
-    found = dict(zip(model.step.train_outputs, load(program)(model.inputs(batch, 0.5)), strict=True))
+    found = dict(zip(model.step.train_outputs, load_executorch(program)(model.inputs(batch, 0.5)), strict=True))
     for key, value in model.outputs(batch, 0.5).items():
         assert_close(found[key], value, key)
 
@@ -381,6 +365,20 @@ def test_max_pooling_of_any_geometry_is_a_maximum_of_windows(kernel, stride, pad
     lowered, found = rewritten(pool, x)
     assert aten.max_pool2d_with_indices.default not in {node.target for node in lowered.graph.nodes}
     assert torch.equal(found, pool(x))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.tuples(*[st.integers(-2, 3)] * 4), st.sampled_from([0.0, -1.5]))
+def test_padding_below_zero_becomes_a_cut_and_no_other_value_moves(widths, value):
+    x = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(0))
+
+    def pad(x: Tensor) -> Tensor:
+        return aten.constant_pad_nd.default(x, list(widths), value)
+
+    lowered, found = rewritten(pad, x)
+    assert torch.equal(found, pad(x))
+    pads = [node for node in lowered.graph.nodes if node.target is aten.constant_pad_nd.default]
+    assert all(width >= 0 for node in pads for width in node.args[1])
 
 
 @settings(max_examples=15, deadline=None)

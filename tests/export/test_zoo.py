@@ -1,4 +1,4 @@
-"""Every model of the zoo as a device would run it, in ONNX Runtime, against a float64 loop over the examples."""
+"""Every model of the zoo as a device would run it, in both run times, against a float64 loop over the examples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from oracle import (  # noqa: E402
     onnx_of,
     run_onnx,
 )
-from zoo import MODELS, SIZE, ZOO, captured, spec_of  # noqa: E402
+from zoo import MODELS, SIZE, ZOO, captured, lowered, spec_of  # noqa: E402
 
 from edge_sdk.onnx_graph import inspect  # noqa: E402
 from export.graph import capture  # noqa: E402
@@ -28,6 +28,13 @@ each_model = pytest.mark.parametrize("name", ZOO)
 def test_the_clipped_sum_is_that_of_the_examples_one_by_one(name: str) -> None:
     spec, step, _, run = captured(name)
     assert_example_step(spec, step, draw_batch(spec, step, SIZE), run)
+
+
+@each_model
+def test_the_clipped_sum_is_the_same_in_executorch(name: str) -> None:
+    pytest.importorskip("executorch")
+    spec, step, _, _ = captured(name)
+    assert_example_step(spec, step, draw_batch(spec, step, SIZE), lowered(name))
 
 
 @each_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from oracle import Runner, onnx_of, run_onnx
+from oracle import Runner, onnx_of, run_executorch, run_onnx
 
 from export.build import load_spec
 from export.graph import CapturedStep, TrainingSpec, capture
@@ -38,3 +38,9 @@ def captured(name: str) -> tuple[TrainingSpec, CapturedStep, bytes, Runner]:
     step = capture(spec, "example", SIZE)
     model = onnx_of(step)
     return spec, step, model, run_onnx(model)
+
+
+@functools.cache
+def lowered(name: str) -> Runner:
+    """The same step in ExecuTorch."""
+    return run_executorch(captured(name)[1])
