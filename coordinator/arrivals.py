@@ -7,7 +7,7 @@ what uploads take is bounded by the memory that is given here, whatever the flee
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from edge_sdk.errors import PeerError
@@ -63,6 +63,10 @@ class Unproved(Download):
         return damaged
 
 
+def _yes() -> bool:
+    return True
+
+
 @dataclass
 class Arrival:
     """One blob of one device.  header, tid: of the contribution that it is; None for a member's letter."""
@@ -79,6 +83,8 @@ class Arrival:
     granted_s: float = 0.0
     damaged: int = 0
     """How often `recheck` found something."""
+    is_free: Callable[[], bool] = _yes
+    """Whether nobody reads its buffer any more: it may be on its way to the disk when its end comes."""
 
     def recheck(self) -> bool:
         """Whether it was damaged under way and goes on; else it is what its device sent."""
@@ -108,6 +114,8 @@ class Arrivals:
         """No other grant has something to ask for before."""
         self._look_s = float("-inf")
         """When the grants are looked through for stalled ones."""
+        self._read: list[tuple[Arrival, Download | None]] = []
+        """Those that ended and are read yet: their memory counts."""
         self._spare: list[bytearray] = []
         """Buffers of uploads that ended, of one size: new memory for each would be a hundred page faults."""
 
@@ -163,6 +171,7 @@ class Arrivals:
 
     def pulls(self, now_s: float) -> Iterator[tuple[str, Pull]]:
         """What to ask of whom now: grants to those that wait as far as memory goes, and what granted ones need."""
+        self._free_read()
         self._free_stalled(now_s)
         while self._waiting:
             key, arrival = next(iter(self._waiting.items()))
@@ -214,20 +223,30 @@ class Arrivals:
         return arrival if arrival.download.complete else None
 
     def end(self, device: str, blob: bytes) -> None:
-        """It is dealt with, or gone: the memory is free."""
+        """It is dealt with, or gone: the memory is free as soon as nobody reads it."""
         waiting = self._waiting.pop((device, blob), None)
         granted = self._granted.pop((device, blob), None)
         if granted is not None:
-            self._free += granted.ref.size
-            if isinstance(granted.download, Unproved):
-                if self._spare and len(self._spare[-1]) != granted.ref.size:
-                    self._spare.clear()
-                self._spare.append(granted.download.buffer)
+            self._read.append((granted, granted.download))
             granted.download = None
+            self._free_read()
         if waiting is not None or granted is not None:
             self._of_device[device] -= 1
             if not self._of_device[device]:
                 del self._of_device[device]
+
+    def _free_read(self) -> None:
+        still = []
+        for arrival, download in self._read:
+            if not arrival.is_free():
+                still.append((arrival, download))
+                continue
+            self._free += arrival.ref.size
+            if isinstance(download, Unproved):
+                if self._spare and len(self._spare[-1]) != arrival.ref.size:
+                    self._spare.clear()
+                self._spare.append(download.buffer)
+        self._read = still
 
     def leave(self, device: str) -> None:
         """The device went away. What came of its blobs is kept until somebody else needs the memory."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -140,16 +140,21 @@ class LiveRound:
 
     # --- contributions
 
-    def take(self, sender: int, entry: Entry, upload: memoryview, shares: tuple[SealedShare, ...]) -> ContributionRow:
-        """An accepted contribution gets its slot and is added to its group's sum. The row is for the transaction."""
+    def take(
+        self, sender: int, entry: Entry, upload: memoryview, shares: tuple[SealedShare, ...]
+    ) -> tuple[ContributionRow, Callable[[], bool]]:
+        """An accepted contribution gets its slot and is added to its group's sum.
+
+        Returns the row, for the transaction, and a call that says whether `upload` is needed no more.
+        """
         slot = len(self.slots)
-        self.vectors.write(slot, upload)
+        written = self.vectors.write(slot, upload)
         self.slots.append(sender)
         self.headers.append(entry.header)
         self.digests[sender] = entry.digest
         self._add(entry.group, upload[: self.masked_bytes])
         self._remember(slot, shares)
-        return ContributionRow(slot, sender, entry.digest, messages.encode(entry.header))
+        return ContributionRow(slot, sender, entry.digest, messages.encode(entry.header)), written
 
     def _add(self, group: int, masked: memoryview | bytes) -> None:
         total = self.sums[group]

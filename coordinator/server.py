@@ -710,7 +710,7 @@ class Server:
             self._answer(device, Letter(accepted.receipt))
             return
         live.state = accepted.state
-        row = live.take(header.sender, live.state.entries[header.sender], view, accepted.shares)
+        row, arrival.is_free = live.take(header.sender, live.state.entries[header.sender], view, accepted.shares)
         self._passed("vector written")
         self._new.setdefault(live.tid, (live, []))[1].append(row)
         self._seen.add(device)

@@ -18,7 +18,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -719,6 +720,7 @@ class Store:
             _prepare_sqlite(self._engine)
         self._served: int | None = None
         self._writing: int | None = None
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vectors")
         self._check_schema()
 
     def _check_schema(self) -> None:
@@ -758,6 +760,7 @@ class Store:
 
     def close(self) -> None:
         self._engine.dispose()
+        self._writer.shutdown()
         for fd in (self._served, self._writing):
             if fd is not None:
                 os.close(fd)
@@ -829,7 +832,7 @@ class Store:
         if not directory.exists():
             directory.mkdir(mode=0o700)
             sync_directory(self._rounds)
-        return Vectors(directory, slots, slot_bytes)
+        return Vectors(directory, slots, slot_bytes, self._writer)
 
     def erase_round(self, tid: bytes) -> None:
         """The round ended: its uploads and sums go. Once more is harmless."""
@@ -864,11 +867,14 @@ class Vectors:
     directory: Path
     slots: int
     slot_bytes: int
+    writer: Executor
+    """One thread: while it writes an upload, the next ones are read and checked."""
 
     def __post_init__(self) -> None:
         fresh = not self.path.exists()
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._dirty = False
+        self._last: Future[None] | None = None
+        self._failed: OSError | None = None
         self._reserved = os.fstat(self._fd).st_size
         if fresh:
             os.fsync(self._fd)
@@ -878,39 +884,55 @@ class Vectors:
     def path(self) -> Path:
         return self.directory / "vectors"
 
-    def write(self, slot: int, data: bytes | memoryview) -> None:
-        """One upload. It is not on disk before `sync`. Raises ParameterError on another slot or size."""
+    def write(self, slot: int, data: bytes | memoryview) -> Callable[[], bool]:
+        """Begin to write one upload. It is not on disk before `sync`, which says if it cannot be written.
+
+        Returns a call that says whether `data`, which must stay as it is until then, is needed no more.
+        Raises ParameterError on another slot or size.
+        """
         if not 0 <= slot < self.slots or len(data) != self.slot_bytes:
             raise ParameterError(f"slot {slot} of {self.slots}, {len(data)} bytes of {self.slot_bytes}")
-        offset = slot * self.slot_bytes
-        self._reserve(offset + self.slot_bytes)
-        write_at(self._fd, data, offset)
-        self._dirty = True
-        if hasattr(os, "posix_fadvise"):
-            # Linux begins to write the range out, so that `sync` finds most of a batch on disk: three quarters of an
-            # upload's waiting. Only advice: what counts is `sync`.
-            os.posix_fadvise(self._fd, offset, self.slot_bytes, os.POSIX_FADV_DONTNEED)
+        self._last = self.writer.submit(self._write, slot * self.slot_bytes, data)
+        return self._last.done
+
+    def _write(self, offset: int, data: bytes | memoryview) -> None:
+        try:
+            self._reserve(offset + self.slot_bytes)
+            write_at(self._fd, data, offset)
+            if hasattr(os, "posix_fadvise"):
+                # Linux begins to write the range out, so that `sync` finds most of a batch on disk: three quarters of
+                # an upload's waiting. Only advice: what counts is `sync`.
+                os.posix_fadvise(self._fd, offset, self.slot_bytes, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            self._failed = self._failed or error
 
     def _reserve(self, end: int) -> None:
         """Have the file system allocate a stretch at once rather than page by page: half of what a write takes."""
         if end <= self._reserved:
             return
-        first, self._reserved = (
-            self._reserved,
-            min(max(end, self._reserved + RESERVE_BYTES), self.slots * self.slot_bytes),
-        )
+        first, most = self._reserved, self.slots * self.slot_bytes
+        self._reserved = min(max(end, first + RESERVE_BYTES), most)
         if hasattr(os, "posix_fallocate"):
             with suppress(OSError):  # whether there is room for this upload, its own write says
                 os.posix_fallocate(self._fd, first, self._reserved - first)
 
     def sync(self) -> None:
-        """Everything written is on disk: one flush for all of it."""
-        if self._dirty:
+        """Everything written is on disk: one flush for all of it. Raises OSError if something is not."""
+        if self._last is not None:
+            self._settle()
             os.fdatasync(self._fd)
-            self._dirty = False
+            self._last = None
+
+    def _settle(self) -> None:
+        """Every write has been made: they are made in order, so it is the last one that is waited for."""
+        if (last := self._last) is not None:
+            last.result()
+        if self._failed is not None:
+            raise self._failed
 
     def read(self, slot: int, start: int = 0, length: int | None = None) -> bytes:
         """`length` bytes of a slot from `start`, or all of it. Raises StoreError if the file is too short."""
+        self._settle()
         wanted = self.slot_bytes - start if length is None else length
         data = os.pread(self._fd, wanted, slot * self.slot_bytes + start)
         if len(data) != wanted:
@@ -941,6 +963,8 @@ class Vectors:
 
     def close(self) -> None:
         if self._fd >= 0:
+            if self._last is not None:
+                self._last.result()
             os.close(self._fd)
             self._fd = -1
 

@@ -157,6 +157,24 @@ def test_a_second_offer_of_a_blob_changes_neither_its_header_nor_what_was_checke
     assert (arrival.header, arrival.checked) == (HEADER, first)
 
 
+def test_a_buffer_that_is_read_when_its_upload_ends_is_nobody_elses_and_counts_until_then():
+    blob, arrivals, is_written = BLOBS[4], Arrivals(BLOBS[4].ref.size), False
+    for device in "ab":
+        arrivals.ask(device, blob.ref, HEADER, b"", 0.0)
+    assert granted(arrivals, 0.0) == ["a"]
+    arrivals.add("a", blob.chunk(0), 0.0)
+    arrival = arrivals.add("a", blob.chunk(1), 0.0)
+    view = arrival.download.view()
+    arrival.is_free = lambda: is_written
+    arrivals.end("a", blob.ref.id)
+    assert granted(arrivals, 0.0) == []
+    assert arrivals.granted_bytes == blob.ref.size
+    is_written = True
+    assert granted(arrivals, 0.0) == ["b"]
+    assert arrivals.add("b", Chunk(blob.ref.id, 1, memoryview(bytes(5)), []), 0.0) is None
+    assert bytes(view[CHUNK_BYTES:]) == bytes(5)  # the same buffer
+
+
 def test_an_upload_in_the_buffer_of_another_gives_nothing_of_it_out():
     old, new = Blob.of(b"\1" * (CHUNK_BYTES + 5)), Blob.of(b"\2" * (CHUNK_BYTES + 5))
     arrivals = Arrivals(1 << 20)

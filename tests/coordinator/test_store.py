@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import contextmanager
+from threading import Event, Timer
 
 import numpy as np
 import pytest
@@ -290,6 +291,44 @@ def test_what_was_allocated_ahead_is_never_over_a_vector(store, monkeypatch):
     assert [again.read(slot)[:1] for slot in range(7)] == [b"0", b"1", b"2", b"3", b"\0", b"\0", b"6"]
     assert again.path.stat().st_size == 7 * 8
     again.close()
+
+
+def test_a_write_that_fails_in_the_background_is_said_by_every_sync_and_read(store, monkeypatch):
+    vectors = store.vectors(TID, 3, 8)
+    vectors.write(0, b"00000000")
+    vectors.sync()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("coordinator.store.write_at", full)
+        vectors.write(1, b"11111111")
+        with pytest.raises(OSError, match="No space left"):
+            vectors.sync()
+    vectors.write(2, b"22222222")
+    for again in (vectors.sync, vectors.sync, lambda: vectors.read(0)):
+        with pytest.raises(OSError, match="No space left"):
+            again()
+    vectors.close()
+
+
+def test_a_buffer_is_busy_until_it_is_written_and_what_reads_or_syncs_waits_for_it(store, monkeypatch):
+    go_on, write_at = Event(), store_module.write_at
+
+    def slow(*arguments):
+        assert go_on.wait(30)
+        write_at(*arguments)
+
+    monkeypatch.setattr("coordinator.store.write_at", slow)
+    vectors = store.vectors(TID, 2, 8)
+    is_written = vectors.write(1, bytearray(b"11111111"))
+    assert not is_written()
+    Timer(0.01, go_on.set).start()
+    assert vectors.read(1) == b"11111111"
+    assert is_written()
+    vectors.sync()
+    vectors.close()
 
 
 def test_a_file_system_that_allocates_nothing_ahead_takes_vectors_all_the_same(store, monkeypatch):
