@@ -28,6 +28,7 @@ from coordinator.store import (
     ContributionRow,
     DeviceRow,
     EpochRow,
+    HeaderRow,
     ModelRow,
     RoundRow,
     Store,
@@ -157,9 +158,14 @@ class _Running:
     sends: Counter[bytes] = field(default_factory=Counter)
     """Contributions of each device, by key."""
     next_s: float = 0.0
-    """No ticket before this time."""
+    """No ticket before this time: the pause between rounds."""
+    retry_s: float = 0.0
+    """None is tried before this time, unless what lacked has come."""
     reason: str = ""
     """Why there is no ticket, as it was said last."""
+    lacks_devices: bool = False
+    lacks_prekeys: set[bytes] = field(default_factory=set)
+    """Members whose prekey the next ticket waits for, by key."""
     models: list[ModelRow] = field(default_factory=list)
     """The newest ones."""
 
@@ -234,7 +240,7 @@ class Server:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="opening")
         self._changes = -1
         self._look_s = 0.0
-        self._anchors = self._load_anchors()
+        self._anchors, self._headers = self._load_anchors()
         self._refresh()
         self._restore_rounds()
         # Over a broker that is not ours devices do not notice a restart, so they will not say Hello. What is sent to
@@ -349,7 +355,8 @@ class Server:
 
     # --- what is in the store
 
-    def _load_anchors(self) -> Anchors:
+    def _load_anchors(self) -> tuple[Anchors, dict[bytes, HeaderRow]]:
+        """The heads of ledgers, and each device's header with the most entries, to show it."""
         newest: dict[bytes, dict[str, Anchored]] = {}
         forked = set()
         with self._store.reading() as t:
@@ -358,7 +365,16 @@ class Server:
                     forked.add(row.device)
                 else:
                     newest.setdefault(row.device, {})[row.task] = Anchored(row.round, Anchor(row.entries, row.link))
-        return Anchors(newest, frozenset(forked))
+            headers = {row.device: row for row in t.headers()}
+        return Anchors(newest, frozenset(forked)), headers
+
+    def _note_header(self, header: Header, signed: Signed) -> bool:
+        """A header whose signature was checked. Returns whether its device has shown none with as many entries."""
+        known = self._headers.get(header.key)
+        if known is not None and known.entries >= header.ledger.entries:
+            return False
+        self._headers[header.key] = HeaderRow(header.key, header.ledger.entries, messages.encode(signed))
+        return True
 
     def _refresh(self) -> None:
         """Read what commands may have changed: devices, epochs, tasks."""
@@ -431,6 +447,8 @@ class Server:
                 task, planned = load(task_row)
                 live = self._new_round(task, planned, round_, row.model, state)
                 live.restore(contributions, t.checkpoint(row.tid))
+                for signed in live.headers:
+                    self._note_header(messages.decode(Header, signed.body), signed)
                 if isinstance(state, Collecting) and len(state.entries) >= round_.ticket.n_max:
                     live.full_at_s = self._clock()
                 if isinstance(state, Sealed):
@@ -510,6 +528,10 @@ class Server:
         self._present[device] = _Present(frozenset(position.task for position in hello.tasks))
         self._seen.add(device)
         self._welcome(device)
+        if before is None:
+            for running in self._tasks.values():
+                if running.lacks_devices:
+                    running.retry_s = 0.0
         if before is not None and before.heard:
             return  # it was here all the time, and only asks how things stand
         for live in self._live.values():
@@ -545,7 +567,9 @@ class Server:
                 enrolment = Enrolment(index, list(proof))
             except ParameterError:
                 pass  # enrolled after the roster was frozen: the next epoch holds it
-        states, inline = [], 0
+        known = self._headers.get(row.key)
+        shown = messages.decode(Signed, known.signed) if known is not None else None
+        states, inline = [], len(known.signed) if known is not None else 0
         for name, running in self._tasks.items():
             live = self._open_round(name)
             serves = live is not None and any(post.device == device for post in live.posts.values())
@@ -567,7 +591,7 @@ class Server:
                 model = next((m for m in running.models if m.number == live.number_of_model), model)
             states.append(self._task_state(running, model, ticket))
         epoch = fleet.parcel if fleet is not None else None
-        return encode_frame(Welcome(int(self._clock()), epoch, enrolment, states[:MAX_TASKS]))
+        return encode_frame(Welcome(int(self._clock()), epoch, enrolment, states[:MAX_TASKS], shown))
 
     def _task_state(self, running: _Running, model: ModelRow, ticket: Parcel | None) -> TaskState:
         planned = running.planned
@@ -606,6 +630,11 @@ class Server:
                 fresh[offer.serial] = (data, offer.expires_s)
         if fresh:
             self._effects.append(lambda t: _keep_prekeys(t, key, fresh, now_s))
+            for running in self._tasks.values():
+                last = running.lacks_prekeys == {key}  # not at each one's: who joined meanwhile would be an epoch each
+                running.lacks_prekeys.discard(key)
+                if last or running.lacks_devices:
+                    running.retry_s = 0.0
 
     # --- uploads
 
@@ -698,7 +727,7 @@ class Server:
                 live.state, contribution, self._identity, now_s, self._anchors, checked=arrival.checked
             )
         except LedgerForked:
-            self._remember_fork(live, header)
+            self._remember_fork(live, header, signed)
             self._answer(device, Refusal(digest, "its ledger was rolled back or cloned: enrol it anew", final=True))
             raise
         except (PeerError, RoundAborted) as error:
@@ -712,6 +741,7 @@ class Server:
         live.state = accepted.state
         row, arrival.is_free = live.take(header.sender, live.state.entries[header.sender], view, accepted.shares)
         self._passed("vector written")
+        self._note_header(header, signed)
         self._new.setdefault(live.tid, (live, []))[1].append(row)
         self._seen.add(device)
         running = self._tasks.get(live.task.name)
@@ -723,11 +753,14 @@ class Server:
         self._say(events.Contributed(ticket.task, ticket.round, device, len(live.slots), arrival.ref.size))
         self._answer(device, Letter(accepted.receipt))
 
-    def _remember_fork(self, live: LiveRound, header: Header) -> None:
+    def _remember_fork(self, live: LiveRound, header: Header, signed: Signed) -> None:
         ticket = live.round.ticket
         self._anchors = self._anchors.shown(ticket.task, ticket.round, [header])
         row = AnchorRow(header.key, "", ticket.round, header.ledger.entries, header.ledger.link, forked=True)
         self._effects.append(lambda t: t.set_anchors([row]))
+        if self._note_header(header, signed):  # else the one that it contradicts is known, and says as much
+            shown = self._headers[header.key]
+            self._effects.append(lambda t: t.set_headers([shown]))
 
     # --- members
 
@@ -868,6 +901,7 @@ class Server:
         """From now on a device whose ledger forgot this round's entries gives itself away."""
         ticket = live.round.ticket
         headers = [messages.decode(Header, signed.body) for signed in live.headers]
+        shown = [self._headers[header.key] for header in headers]
         self._anchors = self._anchors.shown(ticket.task, ticket.round, headers)
         rows = [
             AnchorRow(h.key, ticket.task, ticket.round, h.ledger.entries, h.ledger.link, forked=False)
@@ -875,6 +909,7 @@ class Server:
             if h.key not in self._anchors.forked
         ]
         self._effects.append(lambda t: t.set_anchors(rows))
+        self._effects.append(lambda t: t.set_headers(shown))
 
     def _abort(self, live: LiveRound, state: Collecting | Sealed, reason: str, now_s: float) -> None:
         self._end_aborted(live, aggregator.abort(state, self._identity, reason), now_s)
@@ -894,7 +929,7 @@ class Server:
         self._arrivals.end_round(live.tid)
         running = self._tasks.get(live.task.name)
         if running is not None:
-            running.next_s = now_s + live.task.schedule.pause_s
+            running.next_s, running.retry_s = now_s + live.task.schedule.pause_s, 0.0
 
         def erase() -> None:
             live.vectors.close()
@@ -980,19 +1015,21 @@ class Server:
     # --- the next ticket
 
     def _next_ticket(self, running: _Running, now_s: float) -> None:
-        if running.row.state != "running" or now_s < running.next_s:
+        if running.row.state != "running" or now_s < max(running.next_s, running.retry_s):
             return
         before = [live for live in self._live.values() if live.task.name == running.task.name]
         if before and not (running.task.schedule.overlap and all(isinstance(b.state, Certified) for b in before)):
             return
         if running.model.number + len(before) >= running.task.rounds:
             return
+        running.lacks_devices = False
+        running.lacks_prekeys.clear()
         try:
             reason = self._try_ticket(running, now_s)
         except ParameterError as error:
             reason = str(error)
         if reason is not None:
-            running.next_s = now_s + LOOK_S
+            running.retry_s = now_s + LOOK_S
             if reason != running.reason:
                 running.reason = reason
                 log.info("task %s waits: %s", running.task.name, reason)
@@ -1007,6 +1044,7 @@ class Server:
         enrolled = sum(_takes_part(task, row) for row in self._devices.values())
         ready = sum(_takes_part(task, row) and row.key not in silent for row in self._devices.values())
         if ready < task.cohort.expected:  # no epoch for each device that joins
+            running.lacks_devices = True
             return f"{ready} of {enrolled} devices are ready, and the task plans with {task.cohort.expected:g}"
         problem = self._renew_epoch(expires_s, now_s)
         fleet = self._fleet
@@ -1022,6 +1060,8 @@ class Server:
             for member in fleet.epoch.members:
                 found = t.next_prekey(member.key, expires_s)
                 if found is None:
+                    running.lacks_prekeys.update(m.key for m in fleet.epoch.members)
+                    running.lacks_prekeys -= t.members_with_prekeys(expires_s)
                     return f"member {member.key.hex()[:16]} has offered no prekey that lives as long as the ticket"
                 used.append((member.key, found[0]))
                 offers.append(messages.decode(Signed, found[1]))

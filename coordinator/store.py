@@ -183,6 +183,13 @@ _anchors = Table(
     Column("forked", Boolean, nullable=False),
 )  # fmt: skip
 
+_headers = Table(
+    "headers", _metadata,
+    Column("device", LargeBinary, primary_key=True),
+    Column("entries", BigInteger, nullable=False),
+    Column("signed", LargeBinary, nullable=False),
+)  # fmt: skip
+
 _models = Table(
     "models", _metadata,
     Column("task", Text, ForeignKey("tasks.name"), primary_key=True),
@@ -297,6 +304,15 @@ class AnchorRow(NamedTuple):
     entries: int
     link: bytes
     forked: bool
+
+
+class HeaderRow(NamedTuple):
+    """A device's header with the most ledger entries, over all tasks, to show it. signed: an encoded `Signed` `Header`,
+    about 1 kB.  entries: of the ledger's head that is in it."""
+
+    device: bytes
+    entries: int
+    signed: bytes
 
 
 class ModelRow(NamedTuple):
@@ -654,6 +670,18 @@ class Transaction:
     def anchors(self) -> list[AnchorRow]:
         return [AnchorRow(**row._mapping) for row in self._all(sql.select(_anchors))]
 
+    def set_headers(self, rows: Sequence[HeaderRow]) -> None:
+        """Instead of those devices' earlier ones."""
+        if rows:
+            self._run(
+                _headers.delete().where(_headers.c.device == sql.bindparam("known")),
+                [{"known": row.device} for row in rows],
+            )
+            self._run(_headers.insert(), [row._asdict() for row in rows])
+
+    def headers(self) -> list[HeaderRow]:
+        return [HeaderRow(**row._mapping) for row in self._all(sql.select(_headers))]
+
     # --- models
 
     def add_model(self, row: ModelRow) -> None:
@@ -732,6 +760,8 @@ class Store:
                 )
                 return
             found = connection.execute(sql.select(_meta.c.value).where(_meta.c.key == "schema")).scalar_one()
+            if found == SCHEMA_VERSION:
+                _metadata.create_all(connection)  # tables that came later: no schema of this number lacks a column
         if found != SCHEMA_VERSION:
             raise StoreError(
                 f"{self.directory} was written by schema {found}, this program reads {SCHEMA_VERSION}: "

@@ -105,16 +105,21 @@ class Ledger:
     def check_extends(self, anchored: Head) -> None:
         """Return if this ledger is a continuation of the one whose head was anchored.
 
-        Raises LedgerDamaged if it is shorter (rolled back) or another one (forked: a cloned device).
+        Raises LedgerDamaged if it is shorter (rolled back) or another one (forked: a cloned device), with what its
+        owner can do; ParameterError on a head that is none.
         """
         if anchored.entries < 0 or len(anchored.link) != _LINK_BYTES:
             raise ParameterError("an anchored head has a number of entries and 32 bytes")
         if anchored.entries >= len(self._links):
             raise LedgerDamaged(
-                f"the ledger was rolled back: {self.head.entries} entries, but {anchored.entries} were anchored"
+                f"the ledger was rolled back: {self.head.entries} entries, but {anchored.entries} were anchored. Put "
+                "the newest copy of this device's directory back, or enrol it anew, with a new identity"
             )
         if self._links[anchored.entries] != anchored.link:
-            raise LedgerDamaged(f"the ledger forked: entry {anchored.entries} is not the one that was anchored")
+            raise LedgerDamaged(
+                f"the ledger forked: entry {anchored.entries} is not the one that was anchored. An old copy of this "
+                "device's directory was used, or two copies are: enrol it anew, with a new identity"
+            )
 
     def draw(
         self, task: str, number: int, tid: bytes, operator: bytes, release: Release, coin: bytes, time_s: int

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +21,7 @@ from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError, PeerError, RoundAborted, SordinoError
 from edge_sdk.fetching import Fetches
 from edge_sdk.models import Here, Models
+from edge_sdk.privacy.ledger_entry import Head, LedgerDamaged
 from edge_sdk.protocol import contributor
 from edge_sdk.protocol.authority import FleetEpoch
 from edge_sdk.protocol.contributor import Enrolled, Sent
@@ -173,6 +175,8 @@ class Loop:
         self._news: _News | None = None
         self._epoch_taken: bytes | None = None
         self._models = Models(parts.store, parts.fetches, self._rules, parts.max_bundle_bytes, parts.emit)
+        self._shown: Head | None = None
+        """The longest head of its ledger that this device signed, as far as it was told."""
         self._entered: dict[str, _Entered] = {}
         self._tickets: dict[str, Signed] = {}
         self._refused: dict[str, tuple[object, ...]] = {}
@@ -274,6 +278,8 @@ class Loop:
             self._on_refusal(frame)
 
     def _on_welcome(self, frame: Welcome) -> None:
+        if frame.shown is not None and self._p.rules is not None:
+            self._hold_against(frame.shown)
         first, self.welcomed = not self.welcomed, True
         self._hello.restart()
         self._hello.due_s = self._now + HEARTBEAT_S * (0.75 + 0.5 * self._jitter())
@@ -290,6 +296,25 @@ class Loop:
             number = None if epoch is None else epoch.number
             serves = self._p.serving.serves(epoch)
             self._emit(events.Welcomed(number, self._enrolled is not None, serves, round(skew_s, 1)))
+
+    def _hold_against(self, shown: Signed) -> None:
+        """Hold the ledger against a header of ours that the coordinator knows: it tells that all of the disk went back.
+
+        Only what this device signed counts, so that no coordinator can end an honest one.
+        Raises PeerError if it is no header of ours, LedgerDamaged if the ledger is not the one that it was made with.
+        """
+        own = self._p.identity.public_key
+        try:
+            header = verify(Header, own, shown)
+        except PeerError as error:
+            raise PeerError(f"welcome: what it shows is no header of this device: {error}") from error
+        if header.key != own:
+            raise PeerError("welcome: the header that it shows names another device")
+        head = Head(header.ledger.entries, header.ledger.link)
+        if self._shown is None or head.entries > self._shown.entries:
+            self._shown = head
+        with suppress(ParameterError):  # a policy to be mended: `_rules` looks again before anything is entered
+            self._rules().ledger.check_extends(head)
 
     def _on_whole(self) -> None:
         """A blob is whole, or will never be: whatever waited for it looks again."""
@@ -508,6 +533,8 @@ class Loop:
             rules = self._rules()
             manifest = self._models.manifest(task, decode(Ticket, signed.body).bundle)
             training = own.enter(signed, epoch, rules, manifest, self._p.clock.time_s())
+        except LedgerDamaged:  # nothing mends a ledger while the device runs
+            raise
         except (SordinoError, OSError) as error:
             if isinstance(error, OSError) and self._p.rules is not None:
                 self._p.rules.close()
@@ -565,6 +592,8 @@ class Loop:
                 entered.waits = self._p.conditions() or "interrupted"
                 self._emit(events.Waiting(task, ticket.round, entered.waits))
             return
+        except LedgerDamaged:
+            raise
         except (SordinoError, OSError) as error:
             self._refuse_entered(task, str(error))
             return
@@ -601,6 +630,8 @@ class Loop:
                 self._emit(self._dropped(own.state, str(error)))
                 own.leave(own.state)
             return False
+        except LedgerDamaged:
+            raise
         except (SordinoError, OSError) as error:
             if self._p.rules is not None:
                 self._p.rules.close()
@@ -656,7 +687,10 @@ class Loop:
     def _rules(self) -> Rules:
         if self._p.rules is None:
             raise ParameterError("this device has no tasks")
-        return self._p.rules.read(again=self._training is None)
+        rules = self._p.rules.read(again=self._training is None)
+        if self._shown is not None:
+            rules.ledger.check_extends(self._shown)
+        return rules
 
     # What is due.
 

@@ -103,6 +103,9 @@ class Welcome(Frame, frozen=True):
     """None for a helper, or for a device that the newest epoch does not hold yet."""
     tasks: Annotated[list[TaskState], Meta(max_length=MAX_TASKS)]
     """Those that the device named in its Hello, and for a committee member every one that has a round open."""
+    shown: Signed | None = None
+    """Of the device's own Signed `Header`s that the coordinator knows, the one whose ledger has the most entries: a
+    device whose whole disk was put back to an earlier state is told so by its own signature."""
 
 
 class Prekeys(Frame, frozen=True):

@@ -194,6 +194,8 @@ class SimDevice:
     lie: Callable[[SimDevice, str, bytes], bytes] | None = None
     """Changes a member's reply: (device, kind, reply) -> reply."""
     entries: int = 0
+    shown: Signed | None = None
+    """The header that the last Welcome showed it as its own."""
 
     @property
     def name(self) -> str:
@@ -265,7 +267,7 @@ class SimDevice:
         return []
 
     def _on_welcome(self, welcome: Welcome, now_s: float) -> list[bytes]:
-        self.is_welcome = True
+        self.is_welcome, self.shown = True, welcome.shown
         if isinstance(welcome.epoch, bytes):
             epoch = FleetEpoch(AUTHORITY.public_key, messages.decode(Signed, welcome.epoch))
             if self.epoch is None or epoch.number >= self.epoch.number:

@@ -29,20 +29,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator import events
+from coordinator.server import INLINE_TICKETS
 from coordinator.store import Store, StoreError
 from edge_sdk.errors import TransportError
 from edge_sdk.protocol import messages
-from edge_sdk.protocol.messages import Complaint, Release, Signed, unwrap, wrap
+from edge_sdk.protocol.messages import MAX_ROSTER, Anchor, Complaint, Header, Release, Signed, unwrap, wrap
 from edge_sdk.protocol.plan import delta_bits
 from edge_sdk.transport import Connected
 from edge_sdk.transport.memory import MemoryHub, chance
 from edge_sdk.transport.wire import (
+    INLINE_BYTES,
+    MAX_BLOB_BYTES,
+    MAX_TASKS,
+    BlobRef,
     Chunk,
+    Enrolment,
     Leaving,
     Letter,
     Model,
     Prekeys,
     Pull,
+    TaskState,
     Upload,
     Welcome,
     decode_down,
@@ -483,6 +490,82 @@ def test_a_device_whose_ledger_went_back_is_refused_before_members_see_it(tmp_pa
     assert rolled_back.enrolled.index not in ended[1].senders
 
 
+def shown_to(fleet, device):
+    """The header in the next Welcome, that its own device signed."""
+    welcome = decode_down(fleet.server._welcome_frame(device.name))
+    if welcome.shown is None:
+        return None
+    header = messages.verify(Header, device.identity.public_key, welcome.shown)
+    assert header.key == device.identity.public_key
+    return header
+
+
+def test_a_device_is_shown_its_own_longest_head_from_its_receipt_on_and_after_every_restart(tmp_path):
+    fleet = make(tmp_path, rounds=2)
+    devices, helper = fleet.devices[:DEVICES], fleet.devices[DEVICES]
+    fleet.run(fleet.saw(events.RoundOpened))
+    assert [shown_to(fleet, device) for device in devices] == [None] * DEVICES
+    phases = (events.Contributed, events.RoundSealed, events.RoundCertified, events.ModelPublished, events.TaskDone)
+    for kind in phases:
+        fleet.run(fleet.saw(kind))
+        before = [shown_to(fleet, device) for device in devices]
+        fleet.restart()
+        assert [shown_to(fleet, device) for device in devices] == before
+        for device, header in zip(devices, before, strict=True):
+            entries = 0 if header is None else header.ledger.entries
+            assert len(device.receipts) <= entries <= device.entries, kind
+        assert shown_to(fleet, helper) is None
+    assert [shown_to(fleet, device).ledger.entries for device in devices] == [2] * DEVICES
+    fleet.turn()
+    fleet.turn()
+    assert [len(device.shown.body) > 0 for device in devices] == [True] * DEVICES
+    fleet.close()
+
+
+def test_of_a_devices_headers_in_several_tasks_it_is_shown_the_one_with_the_most_entries(tmp_path):
+    fleet = make(tmp_path, rounds=1)
+    store = Store(fleet.directory)
+    add_task(store, "other", rounds=3)
+    store.close()
+    device = fleet.devices[0]
+    for other in fleet.devices[:DEVICES]:
+        other.tasks = ("tiny", "other")
+    fleet.connect()
+    for _ in range(2):
+        fleet.run(fleet.saw(events.TaskDone))
+        fleet.restart()
+    fleet.run(fleet.saw(events.TaskDone, 2))
+    assert (shown_to(fleet, device).ledger.entries, len(device.receipts)) == (4, 4)
+    fleet.restart()
+    assert shown_to(fleet, device).ledger.entries == 4
+    fleet.close()
+
+
+def test_a_rolled_back_device_goes_on_being_shown_the_head_that_it_forgot(tmp_path):
+    fleet = make(tmp_path, rounds=3)
+    rolled_back = fleet.devices[0]
+    fleet.run(lambda: len(rolled_back.receipts) == 2)
+    rolled_back.entries = 0
+    fleet.run(lambda: bool(rolled_back.refusals))
+    for _ in range(2):
+        assert shown_to(fleet, rolled_back).ledger.entries == 2
+        fleet.restart()
+    fleet.close()
+
+
+def test_a_welcome_that_holds_as_much_as_it_may_fits_a_frame():
+    """What the limits of its parts add up to."""
+    hashed, proof = b"\xff" * 32, [b"\xff" * 32] * 20
+    header = Header(hashed, MAX_ROSTER - 1, hashed, proof, 1, hashed, hashed, hashed, Anchor((1 << 53) - 1, hashed))
+    shown = messages.sign(COORDINATOR, header)
+    model = messages.encode(messages.sign(COORDINATOR, Model("t" * 64, (1 << 53) - 1, hashed, hashed)))
+    file = BlobRef(hashed, MAX_BLOB_BYTES)
+    ticket = bytes((INLINE_TICKETS - len(messages.encode(shown))) // MAX_TASKS)
+    states = [TaskState(model, file, file, ticket)] * MAX_TASKS
+    frame = Welcome(1 << 39, bytes(INLINE_BYTES), Enrolment(MAX_ROSTER - 1, proof), states, shown)
+    assert decode_down(encode_frame(frame)) == frame
+
+
 def test_skipping_a_round_leaves_out_its_number(tmp_path):
     fleet = make(tmp_path, rounds=2)
     fleet.run(fleet.saw(events.RoundOpened))
@@ -517,6 +600,56 @@ def test_a_task_that_cannot_start_says_why_once(tmp_path):
         "3 of 3 devices are ready, and the task plans with 4"
     ]
     fleet.close()
+
+
+@pytest.mark.parametrize("committee", ["helpers", "everyone"])
+def test_a_ticket_leaves_in_the_step_in_which_the_last_prekey_it_waits_for_comes(tmp_path, committee):
+    fleet = make(tmp_path, committee=committee)
+    *_, first, last = fleet.devices
+    offers = {}
+    for device in (first, last):
+        device.offers, offers[device.name] = 0, 12
+    fleet.run(lambda: any("has offered no prekey" in e.reason for e in fleet.events if isinstance(e, events.Waiting)))
+    fleet.clock.now_s += 0.01  # of the half second after which it would be tried again
+    for device, opened in ((first, False), (last, True)):
+        device.offers = 12
+        for frame in device.hello(fleet.clock()):
+            fleet.links[device.name].send(frame)
+        fleet.server.step(0.0)
+        assert fleet.saw(events.RoundOpened)() is opened
+    finish(fleet)
+
+
+def test_a_ticket_leaves_in_the_step_in_which_the_last_device_it_waits_for_comes(tmp_path):
+    fleet = make(tmp_path, devices=3, expected=4)
+    for _ in range(8):
+        fleet.turn()
+    assert fleet.server._tasks["tiny"].reason.startswith("3 of 3 devices are ready")
+    (new,) = make_devices(4)[3:]
+    store = Store(fleet.directory)
+    enrol(store, [new])
+    store.close()
+    fleet.devices.append(new)
+    fleet.connect(new)
+    now_s = fleet.clock.now_s = fleet.server._tasks["tiny"].retry_s - 0.4
+    for _ in range(3):  # a hello, the epoch, the helpers' prekeys
+        fleet.turn(0.0)
+    assert fleet.clock.now_s == now_s
+    assert fleet.saw(events.RoundOpened)()
+    finish(fleet, n_max=6)
+
+
+def test_the_pause_between_rounds_is_kept_whatever_comes(tmp_path):
+    fleet = make(tmp_path, rounds=2, schedule="pause_s = 20")
+    fleet.run(fleet.saw(events.ModelPublished))
+    published_s = fleet.clock()
+    for device in fleet.devices:
+        device.offers = 24
+        fleet.leave(device)
+    fleet.connect()
+    fleet.run(fleet.saw(events.RoundOpened, 2))
+    assert fleet.clock() - published_s >= 20
+    finish(fleet, rounds=2)
 
 
 def test_the_model_is_the_coordinators_and_its_lineage_tells_no_set(tmp_path):

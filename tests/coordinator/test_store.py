@@ -20,6 +20,7 @@ from coordinator.store import (
     CertificateRow,
     ContributionRow,
     EpochRow,
+    HeaderRow,
     ModelRow,
     RoundRow,
     Store,
@@ -103,6 +104,30 @@ def test_a_newer_schema_is_refused_and_left_alone(tmp_path):
         connection.execute("UPDATE meta SET value = 99 WHERE key = 'schema'")
     with pytest.raises(StoreError, match=r"schema 99.*newer"):
         Store(tmp_path)
+
+
+def test_a_directory_from_before_headers_were_kept_opens_and_keeps_them(tmp_path):
+    store = Store(tmp_path)
+    with store.transaction() as t:
+        t.add_device(KEY, "device", ["kitchen"], 1.0)
+    store.close()
+    with sqlite3.connect(tmp_path / "coordinator.db") as connection:
+        connection.execute("DROP TABLE headers")
+    for expected in ([], [HeaderRow(KEY, 1, b"one")]):
+        store = Store(tmp_path)
+        with store.transaction() as t:
+            assert (t.headers(), [row.key for row in t.devices()]) == (expected, [KEY])
+            t.set_headers([HeaderRow(KEY, 1, b"one")])
+        store.close()
+
+
+def test_a_devices_header_takes_the_place_of_its_earlier_one_and_of_no_other(store):
+    others = HeaderRow(bytes([2]) * 32, 9, b"other")
+    with store.transaction() as t:
+        t.set_headers([])
+        t.set_headers([HeaderRow(KEY, 1, b"one"), others])
+        t.set_headers([HeaderRow(KEY, 2, b"two")])
+        assert sorted(t.headers()) == sorted([HeaderRow(KEY, 2, b"two"), others])
 
 
 def test_a_directory_that_others_can_read_is_refused(tmp_path):

@@ -146,6 +146,8 @@ class World:
     real: frozenset[bytes] = frozenset()
     """Committee members that are not played here, by key."""
     before_send: Callable[[bytes], None] = lambda frame: None
+    shown: Signed | None = None
+    """The header that a Welcome shows its device as its own."""
 
     def __post_init__(self) -> None:
         self.time = FakeTime()
@@ -371,7 +373,7 @@ class World:
             enrolment = Enrolment(index, list(proof))
         fields = {
             "time_s": int(self.time.now_s), "epoch": encode(self.signed_epoch), "enrolment": enrolment,
-            "tasks": [self.state_of()],
+            "tasks": [self.state_of()], "shown": self.shown,
         }  # fmt: skip
         return Welcome(**{**fields, **changes})
 

@@ -70,6 +70,7 @@ downs = st.one_of(
         epoch=st.none() | parcels,
         enrolment=st.none() | st.builds(Enrolment, index=indices, proof=proofs),
         tasks=st.lists(states, max_size=4),
+        shown=st.none() | signed,
     ),
     st.builds(Refusal, subject=hashes, reason=st.text(min_size=1, max_size=100), final=st.booleans()),
 )

@@ -1,0 +1,187 @@
+"""A device whose whole disk was put back to an earlier state, or copied: it is told by a header of its own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+from scripted import World
+
+from edge_sdk import events
+from edge_sdk.privacy.ledger_entry import LedgerDamaged
+from edge_sdk.protocol.messages import Anchor, Header, Receipt, Signed, decode, encode, sign
+from edge_sdk.transport.wire import Hello, Upload, Welcome, decode_down, encode_frame
+
+WHAT_TO_DO = "newest copy of this device's directory back, or enrol it anew"
+
+
+def contributed(world: World, path: Path, number: int) -> Signed:
+    """Take part in a round. Returns the header that the device signed for it."""
+    before = set(world.taken)
+    world.ticket(number)
+    assert world.device(path).run_once(60).count(events.Delivered) == 1
+    (new,) = set(world.taken) - before
+    return world.taken[new].header
+
+
+def changed(signed: Signed, **fields: object) -> Signed:
+    """With another content under the same signature."""
+    return replace(signed, body=encode(replace(decode(Header, signed.body), **fields)))
+
+
+def put_back(path: Path, copy: Path) -> None:
+    shutil.rmtree(path)
+    shutil.copytree(copy, path)
+
+
+@pytest.fixture
+def rolled_back(tmp_path) -> tuple[World, Path, Path]:
+    """A device put back to after the first of its three rounds, and its newest copy. The world shows its header."""
+    world = World(tmp_path)
+    path = world.directory()
+    contributed(world, path, 0)
+    shutil.copytree(path, tmp_path / "old")
+    contributed(world, path, 1)
+    world.shown = contributed(world, path, 2)
+    shutil.copytree(path, tmp_path / "new")
+    put_back(path, tmp_path / "old")
+    return world, path, tmp_path / "new"
+
+
+@pytest.mark.parametrize("way", ["run", "run_once"])
+def test_a_device_whose_whole_disk_went_back_is_told_by_its_own_header_and_enters_nothing(rolled_back, way):
+    world, path, newest = rolled_back
+    ledger, uploads, heard = (path / "ledger").read_bytes(), len(world.heard_of(Upload)), []
+    world.ticket(3)
+    with pytest.raises(LedgerDamaged, match=f"rolled back: 2 entries, but 5 were anchored.*{WHAT_TO_DO}"):
+        getattr(world.device(path, on_event=heard.append), way)()
+    assert (path / "ledger").read_bytes() == ledger  # not even a coin
+    assert len(world.heard_of(Upload)) == uploads
+    assert {type(event) for event in heard} == {events.Online}
+    put_back(path, newest)  # its owner found the newest copy: nothing was lost
+    assert world.device(path).run_once(60).count(events.Delivered) == 1
+
+
+def test_a_device_that_nobody_tells_of_its_rollback_goes_on(rolled_back):
+    """What the tests above rest on: the state and the ledger agree, so nothing on the disk shows it."""
+    world, path, _ = rolled_back
+    world.shown = None
+    world.ticket(3)
+    assert world.device(path).run_once(60).count(events.Delivered) == 1
+
+
+def test_a_copy_of_a_device_is_told_that_its_ledger_forked_by_a_head_of_the_same_length(tmp_path):
+    world = World(tmp_path)
+    path, clone = world.directory(), tmp_path / "clone"
+    contributed(world, path, 0)
+    shutil.copytree(path, clone)
+    world.shown = contributed(world, path, 1)
+    world.time.now_s += 100
+    world.mute = {Hello}  # the copy lives through the same round, and is told only then
+    key = world.identities[0].public_key
+
+    def enter(event: events.Event) -> None:
+        if isinstance(event, events.Online):
+            world.send(key, world.welcome(key, shown=None))
+
+    assert world.device(clone, on_event=enter).run_once(10).count(events.Contributed) == 1
+    world.mute = set()
+    with pytest.raises(LedgerDamaged, match=r"forked: entry 3 .* enrol it anew"):
+        world.device(clone).run_once(60)
+
+
+FAULTS: dict[str, Callable[[World, Signed], Signed]] = {
+    "another device's header": lambda world, own: sign(
+        world.identities[1], replace(decode(Header, own.body), key=world.identities[1].public_key)
+    ),
+    "signed by the coordinator": lambda world, own: sign(world.coordinator, decode(Header, own.body)),
+    "naming another device": lambda world, own: sign(
+        world.identities[0], replace(decode(Header, own.body), key=world.identities[1].public_key)
+    ),
+    "a longer head": lambda world, own: changed(own, ledger=Anchor(99, bytes(32))),
+    "another link": lambda world, own: changed(own, ledger=Anchor(1, bytes(32))),
+    "another signature": lambda world, own: replace(own, signature=bytes(64)),
+    "not a header": lambda world, own: sign(world.identities[0], Receipt(bytes(32), 0, bytes(32))),
+    "no message": lambda world, own: Signed(b"\xc1", own.signature),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_welcome_that_shows_no_header_of_this_device_is_dropped_and_ends_nothing(tmp_path, fault):
+    world = World(tmp_path)
+    path = world.directory()
+    own = contributed(world, path, 0)
+    ledger = (path / "ledger").read_bytes()
+    world.shown = FAULTS[fault](world, own)
+    world.ticket(1)
+    report = world.device(path).run_once(30)
+    assert report.reason == "time is up"
+    assert not report.count(events.Welcomed)
+    assert any("dropped: welcome: " in event.reason for event in report.events if isinstance(event, events.Warned))
+    assert (path / "ledger").read_bytes() == ledger
+    world.shown = own
+    assert world.device(path).run_once(60).count(events.Delivered) == 1
+
+
+def test_an_older_header_of_its_own_is_harmless(tmp_path):
+    world = World(tmp_path)
+    path = world.directory()
+    world.shown = contributed(world, path, 0)
+    contributed(world, path, 1)
+    contributed(world, path, 2)
+
+
+def test_a_rollback_that_was_told_while_the_policy_was_broken_counts_when_it_is_mended(rolled_back):
+    world, path, _ = rolled_back
+    (path / "policy.toml").write_text("protects = 3")
+    ledger = (path / "ledger").read_bytes()
+    world.ticket(3)
+    refused: list[events.Event] = []
+
+    def mend(event: events.Event) -> None:
+        if isinstance(event, events.Refused) and not refused:
+            refused.append(event)
+            world.shown = None  # it is not told again
+            world.write_policy(path)
+
+    with pytest.raises(LedgerDamaged, match="rolled back: 2 entries, but 5"):
+        world.device(path, on_event=mend).run_once(600)
+    assert refused
+    assert (path / "ledger").read_bytes() == ledger
+
+
+def test_a_rollback_that_is_told_during_training_ends_the_run_and_nothing_leaves(rolled_back):
+    world, path, _ = rolled_back
+    own, world.shown = world.shown, None
+    uploads = len(world.heard_of(Upload))
+    world.ticket(3)
+
+    def tell(event: events.Event) -> None:
+        if isinstance(event, events.Training):
+            world.shown = own
+            world.send(world.identities[0].public_key, world.welcome(world.identities[0].public_key))
+
+    with pytest.raises(LedgerDamaged, match="rolled back"):
+        world.device(path, on_event=tell).run_once(60)
+    assert len(world.heard_of(Upload)) == uploads
+
+
+def test_a_helper_has_no_ledger_and_does_not_look_at_what_it_is_shown(tmp_path):
+    world = World(tmp_path)
+    path = world.directory(0, role="helper")
+    world.shown = Signed(b"anything", bytes(64))
+    assert world.device(path).run_once(30).count(events.Welcomed) == 1
+
+
+def test_a_welcome_of_a_coordinator_that_shows_no_header_is_one_too(tmp_path):
+    """An older one's frame ends before the field."""
+    world = World(tmp_path)
+    key = world.identities[0].public_key
+    fields = msgspec.msgpack.decode(encode_frame(world.welcome(key)))
+    older = msgspec.msgpack.encode(fields[:-1])
+    assert decode_down(older) == decode_down(encode_frame(world.welcome(key)))
+    assert isinstance(decode_down(older), Welcome)
