@@ -36,4 +36,3 @@ def _rare_collections_of_garbage():
     gc.set_threshold(50_000, 20, 20)
     yield
     gc.set_threshold(*before)
-    gc.unfreeze()

@@ -14,6 +14,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
+pytest.importorskip("executorch")
 
 from hypothesis import assume, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
@@ -24,6 +25,7 @@ from oracle import (  # noqa: E402
     draw_batch,
     expected,
     onnx_of,
+    run_executorch,
     run_fx,
     run_onnx,
 )
@@ -33,7 +35,7 @@ from export.graph import TrainingSpec, Unit, capture  # noqa: E402
 
 FX_EXAMPLES = 25 if settings.default.max_examples <= 100 else settings.default.max_examples
 """A capture takes about a second; the profile "explore" draws as many as it says."""
-ONNX_EXAMPLES = max(4, FX_EXAMPLES // 8)
+RUN_TIME_EXAMPLES = max(4, FX_EXAMPLES // 8)
 
 Shape = tuple[int, ...]
 Layer = tuple[Any, ...]
@@ -306,7 +308,7 @@ def well_conditioned(exact: Expected, plain: Expected) -> bool:
     return torch.allclose(plain.norms.double(), exact.norms, rtol=1e-5, atol=0.0)
 
 
-def assert_step_equals_the_oracle(plan: Plan, onnx: bool) -> None:
+def assert_step_equals_the_oracle(plan: Plan, run_times: bool) -> None:
     model = model_of(plan)
     x = torch.zeros(plan.shape[0], dtype=torch.long) if plan.tokens else torch.zeros(plan.shape)
     y = torch.zeros((), dtype=torch.long) if plan.loss == "cross_entropy" else torch.zeros(3)
@@ -317,17 +319,18 @@ def assert_step_equals_the_oracle(plan: Plan, onnx: bool) -> None:
     batch = draw_batch(spec, step, plan.batch, plan.seed)
     exact, plain = (expected(spec, step, batch.inputs, batch.labels, dtype) for dtype in (torch.float64, torch.float32))
     assume(well_conditioned(exact, plain))
-    run = run_onnx(onnx_of(step)) if onnx else run_fx(step)
-    (assert_example_step if plan.unit == "example" else assert_device_step)(spec, step, batch, run)
+    runners = [run_onnx(onnx_of(step)), run_executorch(step)] if run_times else [run_fx(step)]
+    for run in runners:
+        (assert_example_step if plan.unit == "example" else assert_device_step)(spec, step, batch, run)
 
 
 @settings(max_examples=FX_EXAMPLES)
 @given(plan=plans())
 def test_any_drawn_model_equals_a_loop_over_the_examples(plan: Plan) -> None:
-    assert_step_equals_the_oracle(plan, onnx=False)
+    assert_step_equals_the_oracle(plan, run_times=False)
 
 
-@settings(max_examples=ONNX_EXAMPLES)
+@settings(max_examples=RUN_TIME_EXAMPLES)
 @given(plan=plans())
-def test_any_drawn_model_is_the_same_in_onnx_runtime(plan: Plan) -> None:
-    assert_step_equals_the_oracle(plan, onnx=True)
+def test_any_drawn_model_is_the_same_in_onnx_runtime_and_in_executorch(plan: Plan) -> None:
+    assert_step_equals_the_oracle(plan, run_times=True)

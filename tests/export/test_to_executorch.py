@@ -16,6 +16,7 @@ from hypothesis import strategies as st  # noqa: E402
 from oracle import TOLERANCE, Batch, draw_batch, load_executorch  # noqa: E402
 from torch import Tensor, fx, nn  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
+from torch.nn import functional  # noqa: E402
 
 from export.errors import UnsupportedModelError  # noqa: E402
 from export.graph import CapturedStep, TrainingSpec, Unit, capture  # noqa: E402
@@ -423,6 +424,16 @@ def test_signs_and_masks_by_arithmetic_are_exact_for_every_number() -> None:
     for function in (torch.sign, lambda x: x.to(torch.bool).to(torch.float32), lambda x: ((x > 0) & (x < 1)).float()):
         _, found = rewritten(function, EDGES)
         assert torch.equal(found, function(EDGES))
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_is_the_one_that_was_asked_for(approximate: str) -> None:
+    """XNNPACK has the exact one only, and does not look at what the argument says."""
+    x = torch.linspace(-6, 6, 201).reshape(3, 67)
+    graph = make_fx(lambda x: aten.gelu.default(x, approximate=approximate) + 1, tracing_mode="fake")(x)
+    (found,) = load_executorch(to_executorch(graph, (x,)))([x])
+    wanted = functional.gelu(x.double(), approximate=approximate) + 1
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_one_hot_rows_are_exact_and_large_integers_match_none() -> None:
