@@ -66,6 +66,31 @@ def test_a_device_whose_whole_disk_went_back_is_told_by_its_own_header_and_enter
     assert world.device(path).run_once(60).count(events.Delivered) == 1
 
 
+def test_a_device_that_is_told_while_no_round_is_open_takes_no_news_either(rolled_back):
+    world, path, _ = rolled_back
+    world.tickets.clear()
+    world.new_epoch(2)
+    state = (path / "state.db").read_bytes()
+    with pytest.raises(LedgerDamaged, match="rolled back: 2 entries, but 5"):
+        world.device(path).run_once(60)
+    assert (path / "state.db").read_bytes() == state
+
+
+def test_each_header_of_its_own_counts_also_one_that_is_shorter_than_what_it_was_shown_before(tmp_path):
+    world = World(tmp_path)
+    path = world.directory()
+    world.shown = contributed(world, path, 0)
+    device, key = world.identities[0], world.identities[0].public_key
+    of_a_copy = sign(device, replace(decode(Header, world.shown.body), ledger=Anchor(0, b"c" * 32)))
+
+    def tell(event: events.Event) -> None:
+        if isinstance(event, events.Welcomed):
+            world.send(key, world.welcome(key, shown=of_a_copy))
+
+    with pytest.raises(LedgerDamaged, match="forked: entry 0"):
+        world.device(path, on_event=tell).run_once(60)
+
+
 def test_a_device_that_nobody_tells_of_its_rollback_goes_on(rolled_back):
     """What the tests above rest on: the state and the ledger agree, so nothing on the disk shows it."""
     world, path, _ = rolled_back
