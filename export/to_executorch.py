@@ -31,6 +31,7 @@ from torch.nn import functional
 
 from export.decompositions import simplify
 from export.errors import UnsupportedModelError
+from export.layers.convolution import MOST_ROWS, bands_of
 
 aten = torch.ops.aten
 
@@ -297,6 +298,8 @@ def _forward_convolution(x: Tensor, w: Tensor, stride: Any, padding: Any, dilati
     transposed: whichever copies less.
     """
     (n, c), (o, per_group, kh, kw) = x.shape[:2], w.shape
+    if n == per_group == 1 and c == o and stride[1] == 1 and x.shape[2] <= MOST_ROWS:
+        return _banded_convolution(x, w, stride, padding, dilation)
     if any(padding):
         x = functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     height, width = x.shape[2:]
@@ -323,6 +326,21 @@ def _forward_convolution(x: Tensor, w: Tensor, stride: Any, padding: Any, dilati
     )
     y = torch.bmm(kernel, columns.reshape(groups, size, n * places))
     return _permuted(y.reshape(o, n, places), (1, 0, 2)).reshape(n, o, out_h, out_w)
+
+
+def _banded_convolution(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    """The depthwise convolution of one image, x (1, C, H, W), w (C, 1, kh, kw): a copy of the image for each column of
+    the kernel only, and its rows by the product with a banded matrix. Stride along the columns 1."""
+    channels, height, (kh, kw) = x.shape[1], x.shape[2], w.shape[2:]
+    if padding[1]:
+        x = functional.pad(x, (padding[1], padding[1]))
+    whole = x.shape[3]
+    count = whole - dilation[1] * (kw - 1)
+    rows = (height + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
+    columns = _strided(x, (channels, kw, height, count), (height * whole, dilation[1], whole, 1))
+    bands = bands_of(w, rows, height, stride[0], dilation[0], padding[0])
+    kernel = _permuted(bands, (0, 2, 1, 3)).reshape(channels, rows, kw * height)
+    return torch.bmm(kernel, columns.reshape(channels, kw * height, count)).reshape(1, channels, rows, count)
 
 
 def _repeat(w: Tensor, n: int) -> Tensor:

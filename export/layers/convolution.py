@@ -184,12 +184,16 @@ def kernel_gradients(
 # are cut out and the vertical part of the kernel is a banded matrix: more multiplications, less time.
 
 
+MOST_ROWS = 64
+"""Of an image: a banded matrix has a column for each, and only the kernel's height of them are not zero."""
+
+
 def _batched_rows(x: Tensor, w: Tensor, padding: tuple[int, ...], dilation: tuple[int, ...], groups: int) -> bool:
     """Whether a convolution is depthwise and gains by rows of a whole batch: few rows, padding within the kernel's
     reach."""
     return (
         groups == x.shape[1] == w.shape[0]
-        and x.shape[2] <= 64
+        and x.shape[2] <= MOST_ROWS
         and all(p <= d * (k - 1) for p, d, k in zip(padding, dilation, w.shape[2:], strict=True))
     )
 
@@ -224,13 +228,16 @@ def _windows(x: Tensor, batch: int, count: int, stride: int, starts: Sequence[in
     return torch.stack(found, 1).reshape(channels, len(starts), height, count * batch)
 
 
-def _bands(w: Tensor, rows: int, height: int, stride: int, dilation: int) -> Tensor:
-    """(C, kw, rows, height): for each column of the kernel, the matrix from padded input rows to output rows."""
+def bands_of(w: Tensor, rows: int, height: int, stride: int, dilation: int, above: int = 0) -> Tensor:
+    """(C, kw, rows, height): for each column of the kernel, the matrix from `height` input rows to output rows.
+
+    above: rows of zeros that the input has above these.
+    """
     channels, _, kh, kw = w.shape
-    target = torch.arange(rows)[:, None] * stride + torch.arange(kh)[:, None, None] * dilation
+    target = torch.arange(rows)[:, None] * stride + torch.arange(kh)[:, None, None] * dilation - above
     places = (target == torch.arange(height)).to(w.dtype).reshape(kh, rows * height)
-    bands = w.reshape(channels, kh, kw).transpose(1, 2).reshape(channels * kw, kh) @ places
-    return bands.reshape(channels, kw, rows, height)
+    columns = w.reshape(channels, kh, kw).transpose(1, 2).reshape(1, channels * kw, kh)
+    return torch.bmm(columns, places[None]).reshape(channels, kw, rows, height)
 
 
 def _depthwise_columns(
@@ -260,7 +267,7 @@ def _depthwise(
     columns = _depthwise_columns(x, (kh, kw), stride, padding, dilation)
     height = columns.shape[2]
     rows = (height - dilation[0] * (kh - 1) - 1) // stride[0] + 1
-    bands = _bands(w, rows, height, stride[0], dilation[0]).transpose(1, 2)
+    bands = bands_of(w, rows, height, stride[0], dilation[0]).transpose(1, 2)
     product = torch.bmm(bands.reshape(channels, rows, kw * height), columns.reshape(channels, kw * height, -1))
     out = _batch_first(product, x.shape[0])
     return out if bias is None else out + bias[:, None, None]
@@ -284,7 +291,7 @@ def _depthwise_input_gradient(
     after = width + pw - spread.shape[2] // batch
     spread = F.pad(spread, ((reach - pw) * batch, after * batch))
     columns = _windows(spread, batch, width, 1, [reach - j * dilation[1] for j in range(kw)])
-    bands = _bands(w, rows, height + 2 * ph, stride[0], dilation[0])[:, :, :, ph : ph + height]
+    bands = bands_of(w, rows, height, stride[0], dilation[0], ph)
     bands = bands.permute(0, 3, 1, 2).reshape(channels, height, kw * rows)
     return _batch_first(torch.bmm(bands, columns.reshape(channels, kw * rows, -1)), batch)
 

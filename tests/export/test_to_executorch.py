@@ -319,6 +319,23 @@ def rewritten(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[fx.Grap
 geometries = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(1, 4), geometries, st.integers(1, 3), st.tuples(st.integers(0, 3), st.integers(0, 3)), geometries,
+)  # fmt: skip
+def test_a_depthwise_convolution_of_one_image_is_a_product_with_bands(channels, kernel, stride, padding, dilation):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, channels, 8, 9, generator=generator)
+    w = torch.randn(channels, 1, *kernel, generator=generator)
+
+    def convolve(x: Tensor, w: Tensor) -> Tensor:
+        return aten.convolution.default(x, w, None, [stride, 1], list(padding), list(dilation), False, [0, 0], channels)
+
+    lowered, found = rewritten(convolve, x, w)
+    assert aten.slice.Tensor not in {node.target for node in lowered.graph.nodes}
+    torch.testing.assert_close(found, convolve(x, w), rtol=1e-5, atol=2e-5)
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3),
