@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
 from edge_sdk.errors import ParameterError
 from edge_sdk.transport import Hub
@@ -47,6 +47,10 @@ class Mail:
         for index in chunks:
             if len(wishes) < 2 * MAX_PULL:
                 wishes[blob.ref.id, index] = blob
+
+    def owes(self, device: str, blobs: Container[bytes]) -> bool:
+        """Whether chunks of one of these blobs wait for room: an answer given now would overtake them."""
+        return any(blob in blobs for blob, _ in self._wishes.get(device, ()))
 
     def forget(self, device: str) -> None:
         """The device went away."""

@@ -220,6 +220,8 @@ class Server:
         self._quotas, self._keep_out = Quotas(), keep_out
         self._kept_out: frozenset[str] = frozenset()
         self._mail = Mail(hub)
+        self._held_back = False
+        """Whether a member's letters wait for what it fetches."""
         self._effects: list[Effect] = []
         self._after: list[Callable[[], None]] = []
         """What follows once the rows are written, before the answers leave."""
@@ -308,7 +310,7 @@ class Server:
     def _patience(self) -> float:
         """How long the loop may wait for frames."""
         now_s = self._clock()
-        if self._mail.has_bulk:
+        if self._mail.has_bulk or self._held_back:
             return 0.01
         due = min(LOOK_S, self._arrivals.due_s - now_s)
         for live in self._live.values():
@@ -839,12 +841,17 @@ class Server:
             self._keep_out(kept_out)
 
     def _write_letters(self, now_s: float) -> None:
+        self._held_back = False
         for live in self._live.values():
             for post in live.posts.values():
-                if post.device in self._present:
-                    live.repeat(post, now_s)
-                    for frame in live.letters(post, now_s):
-                        self._mail.answer(post.device, frame)
+                if post.device not in self._present:
+                    continue
+                live.repeat(post, now_s)
+                if self._mail.owes(post.device, post.fetched):
+                    self._held_back = True  # a seal that comes before the last delivery would be dropped
+                    continue
+                for frame in live.letters(post, now_s):
+                    self._mail.answer(post.device, frame)
 
     def _advance(self, live: LiveRound, now_s: float) -> None:
         """The round's own next step, if it is due."""

@@ -110,6 +110,16 @@ def test_a_committee_whose_ticket_fits_no_frame_serves_too(tmp_path):
     finish(fleet, n_max=4)
 
 
+@pytest.mark.parametrize("inline", [1500, 2500, 4000])
+def test_a_seal_does_not_overtake_the_deliveries_that_a_member_fetches(tmp_path, monkeypatch, inline):
+    monkeypatch.setattr("edge_sdk.transport.chunks.INLINE_BYTES", inline)
+    monkeypatch.setattr("coordinator.live.INLINE_BYTES", inline)
+    monkeypatch.setattr("coordinator.mail.FRAMES_AT_ONCE", 1)  # a broker that takes bulk slowly
+    fleet = make(tmp_path, committee="everyone")
+    finish(fleet)
+    assert [device.errors for device in fleet.devices if device.errors] == []
+
+
 def test_lost_repeated_and_overtaken_frames_cost_time_and_nothing_else(tmp_path):
     fleet = make(tmp_path, rounds=2, schedule="")
     fleet.hub.fate = chance(seed("faults"), drop=0.15, duplicate=0.15, hold=0.15)
