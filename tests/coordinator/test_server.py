@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -29,8 +31,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator import events
+from coordinator import store as store_module
 from coordinator.server import INLINE_TICKETS
-from coordinator.store import Store, StoreError
+from coordinator.store import Store, StoreError, Vectors
+from edge_sdk.crypto.hashing import content_hash
 from edge_sdk.errors import TransportError
 from edge_sdk.protocol import messages
 from edge_sdk.protocol.messages import MAX_ROSTER, Anchor, Complaint, Header, Release, Signed, unwrap, wrap
@@ -108,6 +112,35 @@ def test_a_committee_whose_ticket_fits_no_frame_serves_too(tmp_path):
     for device in fleet.devices[4:]:
         device.tasks = ()
     finish(fleet, n_max=4)
+
+
+def test_an_upload_that_is_still_being_written_is_not_written_over_by_the_next(tmp_path, monkeypatch):
+    taken, written = [], []
+    write, write_at = Vectors.write, store_module.write_at
+
+    def take(vectors, slot, data):
+        taken.append(content_hash(data))
+        return write(vectors, slot, data)
+
+    def slow(file, data, offset):
+        time.sleep(0.02)  # a slow disk: meanwhile the server goes on
+        written.append(content_hash(data))
+        write_at(file, data, offset)
+
+    def eager(device, on_ticket, signed, now_s):
+        """Offers, and sends without being asked: the next upload's bytes come in the same step as the last one's."""
+        frames = on_ticket(signed, now_s)
+        return [*frames, encode_frame(device.sent["tiny"][1].chunk(0))] if frames else frames
+
+    monkeypatch.setattr(Vectors, "write", take)
+    monkeypatch.setattr(store_module, "write_at", slow)
+    monkeypatch.setattr("coordinator.server.FRAMES_BETWEEN_PULLS", 1)
+    fleet = make(tmp_path, server={"upload_memory": 23_792})  # of one upload, so all of them share one buffer
+    for device in fleet.devices:
+        device._on_ticket = partial(eager, device, device._on_ticket)
+    finish(fleet)
+    assert len(set(taken)) == DEVICES
+    assert written == taken
 
 
 @pytest.mark.parametrize("inline", [1500, 2500, 4000])
