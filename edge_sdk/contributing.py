@@ -8,7 +8,6 @@ it sends the same bytes.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from edge_sdk.crypto.sealing import encapsulate
 from edge_sdk.errors import ParameterError, PeerError, SordinoError
 from edge_sdk.files import reason
 from edge_sdk.ledger import Ledger
+from edge_sdk.memory import give_back, give_back_freed
 from edge_sdk.policy import Policy, mechanism_of, sampling_of
 from edge_sdk.privacy.ledger_entry import LedgerDamaged, Release
 from edge_sdk.privacy.mechanism import METRICS, Mechanism, MetricSums, device_metrics, encode
@@ -302,7 +302,7 @@ class Contributing:
             return now() >= round_.ticket.closes_s or should_stop()
 
         vector, metrics, local = self._run(round_.ticket, mechanism, bundle, parameters, stop)
-        _give_back()
+        give_back_freed()
         noisy = metrics if mechanism.metric_scale else None
         integers = encode(mechanism, vector, noisy, round_.tid, self._entropy(32))
         del vector  # before the mask, which takes several times its size
@@ -310,7 +310,7 @@ class Contributing:
         sent = training.contribute(integers, device, anchor, self._entropy(32), encapsulate, now())
         self._store.save_contribution(sent, local)
         self.state = sent
-        _give_back()
+        give_back()
         return sent
 
     def _run(
@@ -321,6 +321,7 @@ class Contributing:
         from edge_sdk.training.onnx import OnnxTrainer  # 30 MB that a device without a round need not hold
 
         trainer = OnnxTrainer(bundle, self._threads)
+        give_back()  # 20 MB of code made the session, and is not called again before the next round
         # Read here and bound to no name: neither the file's bytes nor the vector lie beside the trainer's own copy.
         trainer.load_shared(read_parameters(parameters.read_bytes(), ticket.parameters, bundle.manifest))
         kept = self._store.local(self.task, bundle.hash)
@@ -403,16 +404,6 @@ class Contributing:
     def _settle(self, state: Idle) -> None:
         self._store.save_idle(state)
         self.state = state
-
-
-def _give_back() -> None:
-    """Let the kernel have what was freed, where the C library keeps it: glibc, which else grows by some megabytes with
-    each round, because a trainer's large blocks are carved from its heap once one of them was freed."""
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
-    trim(ctypes.c_size_t(0))
 
 
 def _nothing() -> Metrics:

@@ -29,6 +29,7 @@ from edge_sdk.contributing import Contributing, RulesFile, Source
 from edge_sdk.errors import ParameterError, SordinoError, TransportError
 from edge_sdk.events import Event
 from edge_sdk.fetching import Fetches
+from edge_sdk.memory import give_back
 from edge_sdk.serving import Serving
 from edge_sdk.store import Outcome, Store, read_outcomes
 from edge_sdk.transport import Transport
@@ -297,6 +298,7 @@ class Device:
                 )
             )
             stack.callback(loop.close)
+            give_back()  # what started it is not called again
             try:
                 yield loop
             except TransportError as error:
