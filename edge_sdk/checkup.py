@@ -167,6 +167,9 @@ class _Unknown(Exception):
 
 
 def _check_modes(directory: Path) -> str:
+    owner = (
+        directory.stat().st_uid if os.geteuid() == 0 and directory.is_dir() else os.geteuid()
+    )  # root looks at anyone's
     open_to_others = []
     for path, wrong in ((directory, 0o077), *((directory / name, 0o077) for name in _PRIVATE)):
         try:
@@ -176,7 +179,7 @@ def _check_modes(directory: Path) -> str:
         if stat.S_IMODE(found.st_mode) & wrong:
             mode = "700" if path == directory else "600"
             open_to_others.append(f"{path} can be read by others: chmod {mode} it")
-        if found.st_uid != os.geteuid():
+        if found.st_uid != owner:
             open_to_others.append(f"{path} belongs to another user")
     if open_to_others:
         raise ParameterError("; ".join(open_to_others))

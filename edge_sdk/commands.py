@@ -31,7 +31,7 @@ class _StdoutClosed(Exception):
 def device_main(arguments: Sequence[str] | None = None) -> int:
     """`edge-device`. Exit 0: done, 1: failed (the reason is on stderr), 2: usage."""
     parser, commands = _parser("edge-device", "Train where the data is; send one masked update a round.")
-    join = _joining(commands)
+    join = _joining(commands, "join", "join the fleet that a token invites to, once")
     join.add_argument(
         "--task", action="append", default=[], metavar="NAME[=EXAMPLES]",
         help="allow this task, with examples from file.npz or module:function; may be given several times",
@@ -48,11 +48,12 @@ def device_main(arguments: Sequence[str] | None = None) -> int:
 def helper_main(arguments: Sequence[str] | None = None) -> int:
     """`edge-helper`: an always-on committee member, without examples or tasks."""
     parser, commands = _parser("edge-helper", "An always-on committee member: it holds shares, never data.")
-    join = _joining(commands)
+    join = _joining(commands, "join", "join the fleet that a token invites to, once")
+    install = _joining(commands, "install", "join, and be a service of this machine from now on (root, systemd)")
     run = commands.add_parser("run", help="serve until told to stop")
     status = commands.add_parser("status", help="what this helper is, and how many prekeys it has out")
     doctor = commands.add_parser("doctor", help="look at everything that has to be right; exit 1 if something is not")
-    return _main(parser, (join, run, status, doctor), arguments)
+    return _main(parser, (join, install, run, status, doctor), arguments)
 
 
 def _parser(name: str, description: str) -> tuple[argparse.ArgumentParser, Any]:
@@ -60,8 +61,8 @@ def _parser(name: str, description: str) -> tuple[argparse.ArgumentParser, Any]:
     return parser, parser.add_subparsers(dest="command", required=True)
 
 
-def _joining(commands: Any) -> argparse.ArgumentParser:
-    join: argparse.ArgumentParser = commands.add_parser("join", help="join the fleet that a token invites to, once")
+def _joining(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
+    join: argparse.ArgumentParser = commands.add_parser(name, help=what)
     given = join.add_mutually_exclusive_group(required=True)
     given.add_argument("token", nargs="?", metavar="TOKEN", help="from `edge-coordinator invite`")
     given.add_argument("--token-file", type=Path, metavar="FILE", help="a file that holds it")
@@ -72,10 +73,11 @@ def _main(
     parser: argparse.ArgumentParser, commands: tuple[argparse.ArgumentParser, ...], arguments: Sequence[str] | None
 ) -> int:
     for command in commands:
-        command.add_argument(
-            "--dir", type=Path, default=DEFAULT_DIRECTORY, metavar="DIR",
-            help=f"where all its state is ({DEFAULT_DIRECTORY})",
-        )  # fmt: skip
+        if not command.prog.endswith(" install"):  # whose place is systemd's
+            command.add_argument(
+                "--dir", type=Path, default=DEFAULT_DIRECTORY, metavar="DIR",
+                help=f"where all its state is ({DEFAULT_DIRECTORY})",
+            )  # fmt: skip
         command.add_argument("--json", action="store_true", help="one object a line on stdout")
         command.add_argument("--verbose", action="store_true", help="log more to stderr")
     options = parser.parse_args(arguments)
@@ -87,7 +89,8 @@ def _main(
         force=True,
     )
     run: Callable[[argparse.Namespace], int] = {
-        "join": _join, "run": _run, "once": _once, "status": _status, "doctor": _doctor, "ledger": _ledger,
+        "join": _join, "install": _install, "run": _run, "once": _once, "status": _status, "doctor": _doctor,
+        "ledger": _ledger,
     }[options.command]  # fmt: skip
     try:
         return run(options)
@@ -106,13 +109,21 @@ def _without_stdout() -> int:
     return 1
 
 
+def _token(options: argparse.Namespace) -> str:
+    """The token that was given. Raises ParameterError if it is for another role: before it is spent."""
+    from edge_sdk.enrolment import Token
+
+    token: str = options.token if options.token_file is None else options.token_file.read_text()
+    role = Token.read(token).role
+    if role != options.role:
+        raise ParameterError(f"this token is for a {role}: `edge-{role} join`")
+    return token
+
+
 def _join(options: argparse.Namespace) -> int:
     from edge_sdk import enrolment
 
-    token = options.token if options.token_file is None else options.token_file.read_text()
-    role = enrolment.Token.read(token).role
-    if role != options.role:  # before it is spent
-        raise ParameterError(f"this token is for a {role}: `edge-{role} join`")
+    token = _token(options)
     tasks = dict(part.partition("=")[::2] for part in getattr(options, "task", ()))
     membership = enrolment.join(options.dir, token, tuple(tasks))
     _add_tasks(options.dir, tasks)
@@ -122,6 +133,18 @@ def _join(options: argparse.Namespace) -> int:
         _tell(f"{membership.role} {membership.device} of {membership.fleet}")
         if membership.role == "device":  # a helper has no data, and so no policy
             _tell(f"what it may do is in {options.dir / 'policy.toml'}: read it")
+    return 0
+
+
+def _install(options: argparse.Namespace) -> int:
+    from edge_sdk import systemd
+
+    membership = systemd.install(_token(options))
+    if options.json:
+        _print(membership)
+    else:
+        _tell(f"{membership.role} {membership.device} of {membership.fleet}: the service {systemd.NAME} runs")
+        _tell(f"its log: journalctl -u {systemd.NAME}; its state: edge-helper status --dir {systemd.STATE}")
     return 0
 
 

@@ -243,6 +243,7 @@ class Mosquitto:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=speak,
+                    env={name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"},  # our own
                     start_new_session=True,  # a Ctrl-C is for the coordinator, which ends its child last
                 )
         except OSError as error:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from parties import DEADLINE_S, Party
@@ -402,6 +403,16 @@ def test_kill_9_of_the_coordinator_leaves_no_mosquitto(world):
             assert time.monotonic() < deadline, "mosquitto outlived its coordinator"
         else:
             break
+
+
+@pytest.mark.parametrize("world", ["mosquitto"], indirect=True)
+def test_mosquitto_does_not_speak_to_systemd_in_the_coordinator_s_place(world, monkeypatch):
+    world.broker.close()
+    monkeypatch.setenv("NOTIFY_SOCKET", "/run/nobody")
+    world.broker = start_broker(world.kind, world.listener, None, [])
+    environment = Path(f"/proc/{world.broker.pid}/environ").read_bytes().split(b"\0")
+    assert any(line.startswith(b"PATH=") for line in environment)
+    assert not any(line.startswith(b"NOTIFY_SOCKET=") for line in environment)
 
 
 def test_mosquitto_is_there_for_these_tests():

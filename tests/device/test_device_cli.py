@@ -141,6 +141,14 @@ def test_doctor_names_what_is_wrong(lived, spoil, check, word):
     assert word in found[check].detail
 
 
+@pytest.mark.parametrize(("user", "ok"), [(os.geteuid() + 1, False), (0, True)])
+def test_doctor_minds_another_user_s_directory_unless_root_asks(lived, monkeypatch, user, ok):
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    found = {finding.check: finding for finding in checkup.doctor(lived)}
+    assert found["directory"].ok is ok
+    assert ok or "belongs to another user" in found["directory"].detail
+
+
 def spoil_byte(path, at: int) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 1
