@@ -47,6 +47,10 @@ _PACKETS = (b"Received ", b"Sending ", b"\t")
 
 _DENIED_PUBLISH = re.compile(r"Denied PUBLISH from (\S+) \(d\d, q\d, r\d, m\d+, '(.*?)(?:', \.\.\. \(\d+ bytes\)\))?$")
 _SUBSCRIBED = re.compile(rf"([0-9a-f]{{64}}|{COORDINATOR}) [012] (.*)$")
+_ENDED = "unexpected eof"
+_NOBODY_LEFT = "Client <unknown> disconnected"
+"""What follows where a connection ended in its handshake: a look whether somebody listens, our own among them."""
+
 _CONNECTED = re.compile(r"New client connected from \S+ as (\S+) \(")
 
 # The child asks the kernel to be killed when the thread that started it ends, however that ends: a broker that outlived
@@ -279,6 +283,8 @@ class _LogReader:
         """Whom the line before named."""
         self._will_of = ""
         """Whose will's topic comes next."""
+        self._just_ended = False
+        """Whether the line before said that a connection ended."""
 
     def read(self, lines: Iterable[bytes]) -> list[str]:
         """Log what they tell. Returns those that are of no packet."""
@@ -296,6 +302,7 @@ class _LogReader:
 
     def _on_line(self, line: str) -> None:
         connecting, self._connecting, self._will_of = self._connecting, "", ""
+        just_ended, self._just_ended = self._just_ended, _ENDED in line
         if denied := _DENIED_PUBLISH.match(line):
             name, topic = denied.groups()
             if not allowed(name, topic, "publish"):
@@ -311,7 +318,7 @@ class _LogReader:
             self._connecting = connected[1]
         elif line.startswith("Will message specified"):
             self._will_of = connecting
-        elif _is_refusal(line):
+        elif _is_refusal(line) and not (just_ended and line.startswith(_NOBODY_LEFT)):
             self._refusals.say("", f"mosquitto: {line}")
         else:
             log.debug("mosquitto: %s", line)
@@ -324,7 +331,7 @@ class _LogReader:
 
 def _is_refusal(line: str) -> bool:
     """Why a connection was refused is an error of OpenSSL's. That one just ended is one, too, and no refusal."""
-    if "unexpected eof" in line:
+    if _ENDED in line:
         return False
     return "rror" in line or "denied" in line or "not authorised" in line
 
