@@ -22,13 +22,14 @@ import msgspec
 import numpy as np
 
 from edge_sdk.config import Config, examples_source
-from edge_sdk.contributing import check_remembers, examples_of, read_bundle, read_parameters, read_policy
+from edge_sdk.contributing import examples_of, read_bundle, read_parameters
 from edge_sdk.enrolment import Membership
 from edge_sdk.errors import ParameterError, SordinoError
 from edge_sdk.ledger import Ledger
 from edge_sdk.models import read_identity
 from edge_sdk.privacy.ledger_entry import Summary
 from edge_sdk.protocol.messages import Epoch, Signed, decode
+from edge_sdk.rules import check_remembers, read_policy
 from edge_sdk.store import Outcome, glance, read_model, read_outcomes, read_positions
 from edge_sdk.transport.wire import Model
 

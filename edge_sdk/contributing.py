@@ -9,7 +9,7 @@ it sends the same bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -20,11 +20,10 @@ from edge_sdk.bundle import Bundle, Manifest
 from edge_sdk.crypto.hashing import content_hash
 from edge_sdk.crypto.sealing import encapsulate
 from edge_sdk.errors import ParameterError, PeerError, SordinoError
-from edge_sdk.files import reason
 from edge_sdk.ledger import Ledger
 from edge_sdk.memory import give_back, give_back_freed
 from edge_sdk.policy import Policy, mechanism_of, sampling_of
-from edge_sdk.privacy.ledger_entry import LedgerDamaged, Release
+from edge_sdk.privacy.ledger_entry import Release
 from edge_sdk.privacy.mechanism import METRICS, Mechanism, MetricSums, device_metrics, encode
 from edge_sdk.privacy.rdp import BudgetExceeded
 from edge_sdk.protocol import contributor
@@ -32,6 +31,7 @@ from edge_sdk.protocol.authority import FleetEpoch
 from edge_sdk.protocol.contributor import Enrolled, Idle, Sent, Training
 from edge_sdk.protocol.messages import Anchor, Header, Signed, Ticket, message_hash
 from edge_sdk.protocol.rounds import Round
+from edge_sdk.rules import Rules
 from edge_sdk.store import Store
 from edge_sdk.training.examples import Array, ArrayExamples, Examples
 from edge_sdk.training.sampling import poisson_sample, window_for
@@ -102,84 +102,6 @@ def _examples_of(source: Source, manifest: Manifest) -> Examples:
 
 class CannotSend(SordinoError):
     """A contribution that is stored may never leave: drop it and wait for the next round."""
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What decides whether a round is entered: the owner's policy, and the account that it bounds."""
-
-    policy: Policy
-    ledger: Ledger
-
-
-class RulesFile:
-    """policy.toml and the ledger that it bounds, read again when the file changes."""
-
-    def __init__(self, directory: Path, owner: bytes, store: Store) -> None:
-        self._directory, self._owner, self._store = directory, owner, store
-        self._stamp: tuple[int, ...] | None = None
-        self._rules: Rules | None = None
-
-    @property
-    def stamp(self) -> tuple[int, ...]:
-        """Differs when the file was changed."""
-        try:
-            found = (self._directory / "policy.toml").stat()
-        except OSError:
-            return ()
-        return found.st_mtime_ns, found.st_size, found.st_ino
-
-    def read(self, *, again: bool = True) -> Rules:
-        """Raises ParameterError on a policy that cannot be read, LedgerDamaged, OSError.
-
-        again: look whether the file was changed. Not while a round is under way: the ledger would be closed under it.
-        """
-        stamp = self.stamp
-        if self._rules is None or (again and stamp != self._stamp):
-            self.close()
-            policy = read_policy(self._directory)
-            path = self._directory / "ledger"
-            ledger = Ledger(path, self._owner, policy.protects, policy.lifetime, policy.task_limits)
-            try:
-                check_remembers(ledger, self._store.positions())
-            except BaseException:
-                ledger.close()
-                raise
-            self._rules, self._stamp = Rules(policy, ledger), stamp
-        return self._rules
-
-    def close(self) -> None:
-        """Let go of the ledger; `read` opens it anew, which a failed write to it asks for."""
-        if self._rules is not None:
-            self._rules.ledger.close()
-            self._rules = None
-
-
-def check_remembers(ledger: Ledger, positions: Mapping[str, Idle]) -> None:
-    """Return if the ledger holds the coin of every task's newest ticket, else raise LedgerDamaged.
-
-    The coin is on disk before the state says that the ticket was taken. So a ledger that lacks it is an old copy that
-    was put back, or another one: its budget would be spent twice. That all of the disk went back, only the committee
-    can tell (docs/protocol.md section 10.3).
-    positions: of the device's state, by task.
-    """
-    for task, position in positions.items():
-        if position.tid not in ledger.account.draws:
-            raise LedgerDamaged(
-                f"the ledger was rolled back or replaced: it knows nothing of round {position.round} of {task}, which "
-                "this device took part in or sat out"
-            )
-
-
-def read_policy(directory: Path) -> Policy:
-    """The directory's policy.toml. Raises ParameterError that names the file and the line or field."""
-    path = directory / "policy.toml"
-    try:
-        return Policy.from_toml(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParameterError(f"{path}: {reason(error)}") from error
-    except ParameterError as error:
-        raise ParameterError(f"{path}: {str(error).removeprefix('policy: ')}") from error
 
 
 def read_bundle(path: Path, task: str, policy: Policy, max_bytes: int) -> Bundle:

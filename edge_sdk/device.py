@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 from edge_sdk import events
 from edge_sdk.config import Config, examples_source
-from edge_sdk.contributing import Contributing, RulesFile, Source
+from edge_sdk.contributing import Contributing, Source
 from edge_sdk.errors import ParameterError, SordinoError, TransportError
 from edge_sdk.events import Event
 from edge_sdk.fetching import Fetches
 from edge_sdk.memory import give_back
+from edge_sdk.rules import RulesFile
 from edge_sdk.serving import Serving
 from edge_sdk.store import Outcome, Store, read_outcomes
 from edge_sdk.transport import Transport
@@ -260,11 +261,10 @@ class Device:
         fleet, helper = bytes.fromhex(membership.authority), membership.role == "helper"
         with ExitStack() as stack:
             store = stack.enter_context(Store(self.directory, identity.public_key, fleet))
-            rules = None
+            rules = RulesFile(self.directory, identity.public_key, store)
+            stack.callback(rules.close)
             tasks: dict[str, Contributing] = {}
             if self._registered and not helper:
-                rules = RulesFile(self.directory, identity.public_key, store)
-                stack.callback(rules.close)
                 with suppress(ParameterError, OSError):  # a policy may be mended while the device runs; a ledger not
                     rules.read()
                 for task, entry in self._registered.items():

@@ -9,19 +9,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from edge_sdk import events
-from edge_sdk.contributing import CannotSend, Contributing, Rules, RulesFile, check_fits, read_bundle
+from edge_sdk.contributing import CannotSend, Contributing, check_fits, read_bundle
 from edge_sdk.crypto.hashing import content_hash
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError, PeerError, RoundAborted, SordinoError
 from edge_sdk.fetching import Fetches
 from edge_sdk.models import Here, Models
-from edge_sdk.privacy.ledger_entry import Head, LedgerDamaged
+from edge_sdk.privacy.ledger_entry import LedgerDamaged
 from edge_sdk.protocol import contributor
 from edge_sdk.protocol.authority import FleetEpoch
 from edge_sdk.protocol.contributor import Enrolled, Sent
@@ -41,6 +40,7 @@ from edge_sdk.protocol.messages import (
     verify,
     wrap,
 )
+from edge_sdk.rules import RulesFile
 from edge_sdk.serving import Serving
 from edge_sdk.store import Outcome, Store
 from edge_sdk.transport import Connected, Lost, Transport
@@ -152,7 +152,7 @@ class Parts:
     store: Store
     serving: Serving
     tasks: dict[str, Contributing]
-    rules: RulesFile | None
+    rules: RulesFile
     transport: Transport
     fetches: Fetches
     max_bundle_bytes: int
@@ -174,9 +174,7 @@ class Loop:
         self._enrolled: Enrolled | None = None
         self._news: _News | None = None
         self._epoch_taken: bytes | None = None
-        self._models = Models(parts.store, parts.fetches, self._rules, parts.max_bundle_bytes, parts.emit)
-        self._shown: Head | None = None
-        """The longest head of its ledger that this device signed, as far as it was told."""
+        self._models = Models(parts.store, parts.fetches, parts.rules.read, parts.max_bundle_bytes, parts.emit)
         self._entered: dict[str, _Entered] = {}
         self._tickets: dict[str, Signed] = {}
         self._refused: dict[str, tuple[object, ...]] = {}
@@ -278,8 +276,8 @@ class Loop:
             self._on_refusal(frame)
 
     def _on_welcome(self, frame: Welcome) -> None:
-        if frame.shown is not None and self._p.rules is not None:
-            self._hold_against(frame.shown)
+        if frame.shown is not None and self._p.tasks:  # without tasks it uses no ledger
+            self._p.rules.hold_against(frame.shown)
         first, self.welcomed = not self.welcomed, True
         self._hello.restart()
         self._hello.due_s = self._now + HEARTBEAT_S * (0.75 + 0.5 * self._jitter())
@@ -296,25 +294,6 @@ class Loop:
             number = None if epoch is None else epoch.number
             serves = self._p.serving.serves(epoch)
             self._emit(events.Welcomed(number, self._enrolled is not None, serves, round(skew_s, 1)))
-
-    def _hold_against(self, shown: Signed) -> None:
-        """Hold the ledger against a header of ours that the coordinator knows: it tells that all of the disk went back.
-
-        Only what this device signed counts, so that no coordinator can end an honest one.
-        Raises PeerError if it is no header of ours, LedgerDamaged if the ledger is not the one that it was made with.
-        """
-        own = self._p.identity.public_key
-        try:
-            header = verify(Header, own, shown)
-        except PeerError as error:
-            raise PeerError(f"welcome: what it shows is no header of this device: {error}") from error
-        if header.key != own:
-            raise PeerError("welcome: the header that it shows names another device")
-        head = Head(header.ledger.entries, header.ledger.link)
-        if self._shown is None or head.entries > self._shown.entries:
-            self._shown = head
-        with suppress(ParameterError):  # a policy to be mended: `_rules` looks again before anything is entered
-            self._rules().ledger.check_extends(head)
 
     def _on_whole(self) -> None:
         """A blob is whole, or will never be: whatever waited for it looks again."""
@@ -530,13 +509,13 @@ class Loop:
             epoch = self._p.store.epoch
             if epoch is None or self._enrolled is None:
                 raise PeerError("this device is not in the epoch's roster yet")
-            rules = self._rules()
+            rules = self._p.rules.read()
             manifest = self._models.manifest(task, decode(Ticket, signed.body).bundle)
             training = own.enter(signed, epoch, rules, manifest, self._p.clock.time_s())
         except LedgerDamaged:  # nothing mends a ledger while the device runs
             raise
         except (SordinoError, OSError) as error:
-            if isinstance(error, OSError) and self._p.rules is not None:
+            if isinstance(error, OSError):
                 self._p.rules.close()
             self._refuse(task, tid, number, str(error))
             return
@@ -575,16 +554,17 @@ class Loop:
         ticket, own = entered.training.round.ticket, self._p.tasks[task]
         started_s = self._now
         try:
-            rules = self._rules()
+            rules = self._p.rules.read()
             own.check(entered.training.round, rules)  # the owner may have changed the policy since the coin was tossed
             self._training = task
             bundle = read_bundle(here.bundle, task, rules.policy, self._p.max_bundle_bytes)
             check_fits(entered.training.round, bundle)
             self._emit(events.Training(task, ticket.round))
-            sent = own.contribute(
-                entered.training, entered.enrolled, bundle, here.parameters, rules.ledger, self._p.clock.time_s,
-                lambda: self._stop_training(entered),
-            )  # fmt: skip
+            with self._p.rules.in_use():
+                sent = own.contribute(
+                    entered.training, entered.enrolled, bundle, here.parameters, rules.ledger, self._p.clock.time_s,
+                    lambda: self._stop_training(entered),
+                )  # fmt: skip
         except RoundAborted as error:
             if entered.aborted or self._p.clock.time_s() >= ticket.closes_s:
                 self._give_up(task, entered, str(error))
@@ -623,7 +603,7 @@ class Loop:
         """
         own = self._p.tasks[task]
         try:
-            sent = own.charge(self._rules().ledger, self._p.clock.time_s())
+            sent = own.charge(self._p.rules.read().ledger, self._p.clock.time_s())
         except CannotSend as error:
             del self._held[task]
             if isinstance(own.state, Sent):
@@ -633,8 +613,7 @@ class Loop:
         except LedgerDamaged:
             raise
         except (SordinoError, OSError) as error:
-            if self._p.rules is not None:
-                self._p.rules.close()
+            self._p.rules.close()
             self._warn_once(f"{task}: the contribution that is stored cannot be charged: {error}")
             return False
         del self._held[task]
@@ -683,14 +662,6 @@ class Loop:
             self._p.store.save_outcome(Outcome(task, number, what, reason, int(self._p.clock.time_s())))
         except OSError as error:  # for people only: nothing rests on it
             self._warn_once(f"disk: {error}")
-
-    def _rules(self) -> Rules:
-        if self._p.rules is None:
-            raise ParameterError("this device has no tasks")
-        rules = self._p.rules.read(again=self._training is None)
-        if self._shown is not None:
-            rules.ledger.check_extends(self._shown)
-        return rules
 
     # What is due.
 
@@ -771,7 +742,7 @@ class Loop:
 
     def _look_at_policy(self) -> None:
         """What was refused under another policy is looked at again."""
-        if self._p.rules is None:
+        if not self._p.tasks:
             return
         stamp = self._p.rules.stamp
         if stamp != self._stamp:

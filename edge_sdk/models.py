@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from edge_sdk import events
 from edge_sdk.bundle import Manifest
-from edge_sdk.contributing import Rules, read_bundle, read_parameters, read_policy
+from edge_sdk.contributing import read_bundle, read_parameters
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError, PeerError
 from edge_sdk.fetching import Fetches
 from edge_sdk.files import reason
 from edge_sdk.protocol.messages import Signed, Ticket, decode
+from edge_sdk.rules import Rules, read_policy
 from edge_sdk.store import Held, Store, read_model
 from edge_sdk.transport.wire import BlobRef, Model, TaskState
 

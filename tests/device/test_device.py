@@ -23,6 +23,7 @@ from edge_sdk.ledger import Ledger
 from edge_sdk.privacy.ledger_entry import LedgerDamaged
 from edge_sdk.protocol import aggregator
 from edge_sdk.protocol.messages import Abort, Header, Signed, decode, encode, message_hash, sign, wrap
+from edge_sdk.rules import read_policy
 from edge_sdk.store import read_outcomes
 from edge_sdk.transport.memory import MemoryHub, chance
 from edge_sdk.transport.wire import (
@@ -797,7 +798,7 @@ def test_a_ledger_that_forgot_a_round_which_the_state_knows_is_not_used(tmp_path
     assert len(world.taken) == 2
     (path / "ledger").write_bytes(made if rolled_back_to == "the day it was made" else before)
     if rolled_back_to == "another life of the same key":  # as long as the one that was lost, and other rounds in it
-        policy = contributing.read_policy(path)
+        policy = read_policy(path)
         owner = Identity((path / "identity.key").read_bytes()).public_key
         with Ledger(path / "ledger", owner, policy.protects, policy.lifetime) as ledger:
             drawn = next(iter(ledger.account.draws.values()))

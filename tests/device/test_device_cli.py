@@ -19,10 +19,10 @@ from edge_sdk import checkup, helper
 from edge_sdk.__main__ import main
 from edge_sdk.commands import _add_tasks
 from edge_sdk.config import Config, examples_source
-from edge_sdk.contributing import read_policy
 from edge_sdk.errors import ParameterError
 from edge_sdk.ledger import Ledger
 from edge_sdk.models import read_identity
+from edge_sdk.rules import read_policy
 
 
 def call(entry, *arguments: str) -> SimpleNamespace:
