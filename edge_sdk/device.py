@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_sdk import events
+from edge_sdk.clock import Clock
 from edge_sdk.config import Config, examples_source
 from edge_sdk.contributing import Contributing, Source
 from edge_sdk.errors import ParameterError, SordinoError, TransportError
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from edge_sdk.enrolment import Membership
     from edge_sdk.training.trainer import F32
 
-from edge_sdk.loop import Clock, Loop, Parts
+from edge_sdk.loop import Loop, Parts
 from edge_sdk.models import Predictor, read_identity
 
 log = logging.getLogger(__name__)
@@ -278,7 +279,6 @@ class Device:
             fetches = Fetches(self.directory / "blobs", max_bytes, self._jitter)
             loop = Loop(
                 Parts(
-                    directory=self.directory,
                     identity=identity,
                     fleet=fleet,
                     coordinator=bytes.fromhex(membership.coordinator),
@@ -291,7 +291,7 @@ class Device:
                     max_bundle_bytes=max_bytes,
                     would_serve=self.config.serve or helper,
                     clock=self._clock,
-                    entropy=self._entropy,
+                    jitter=self._jitter,
                     conditions=callbacks.conditions,
                     emit=callbacks.emit,
                     stopping=lambda: callbacks.failed or over(),

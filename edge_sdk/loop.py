@@ -6,17 +6,16 @@ store before anything that follows from it is sent. A frame that breaks the prot
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 from edge_sdk import events
-from edge_sdk.contributing import CannotSend, Contributing, check_fits, read_bundle
+from edge_sdk.clock import Clock, Repeat
+from edge_sdk.contributing import Contributing, check_fits, read_bundle
 from edge_sdk.crypto.hashing import content_hash
 from edge_sdk.crypto.identity import Identity
+from edge_sdk.delivering import Deliveries
 from edge_sdk.errors import ParameterError, PeerError, RoundAborted, SordinoError
 from edge_sdk.fetching import Fetches
 from edge_sdk.models import Here, Models
@@ -30,7 +29,6 @@ from edge_sdk.protocol.messages import (
     MAX_MESSAGE_BYTES,
     Abort,
     Complaint,
-    Header,
     Receipt,
     Signed,
     Ticket,
@@ -40,9 +38,10 @@ from edge_sdk.protocol.messages import (
     verify,
     wrap,
 )
+from edge_sdk.reporting import Reporting
 from edge_sdk.rules import RulesFile
 from edge_sdk.serving import Serving
-from edge_sdk.store import Outcome, Store
+from edge_sdk.store import Store
 from edge_sdk.transport import Connected, Lost, Transport
 from edge_sdk.transport.chunks import Blob, parcel_of
 from edge_sdk.transport.wire import (
@@ -58,16 +57,13 @@ from edge_sdk.transport.wire import (
     Position,
     Prekeys,
     Pull,
-    Refusal,
     TaskState,
     Up,
-    Upload,
     Welcome,
     decode_down,
     encode_frame,
 )
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 HEARTBEAT_S = 120.0
@@ -78,48 +74,6 @@ SKEW_S = 300.0
 """A clock that is off by more is worth a warning: tickets would look closed, or certificates not yet valid."""
 _MAX_LETTERS = 16
 _MAX_REPLIES = 8
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Where time comes from. time_s: Unix seconds.  monotonic_s: seconds that never go back."""
-
-    time_s: Callable[[], float] = time.time
-    monotonic_s: Callable[[], float] = time.monotonic
-
-
-class _Repeat:
-    """When to say something again: at once, then after growing, jittered delays, from the start after progress."""
-
-    def __init__(self, first_s: float, most_s: float, jitter: Callable[[], float]) -> None:
-        self._first_s, self._most_s, self._jitter = first_s, most_s, jitter
-        self.due_s = 0.0
-        self._tries = 0
-
-    def said(self, now_s: float) -> None:
-        delay_s = min(self._first_s * 2.0 ** min(self._tries, 16), self._most_s)
-        self._tries += 1
-        self.due_s = now_s + delay_s * (0.75 + 0.5 * self._jitter())
-
-    def progress(self, now_s: float) -> None:
-        """An answer came, if not the last one."""
-        self._tries = 0
-        self.said(now_s)
-
-    def restart(self) -> None:
-        """Say it at once."""
-        self._tries = 0
-        self.due_s = 0.0
-
-
-@dataclass
-class _Delivery:
-    """A contribution on its way."""
-
-    sent: Sent
-    header: bytes
-    blob: Blob
-    repeat: _Repeat
 
 
 @dataclass
@@ -145,7 +99,6 @@ class _Entered:
 class Parts:
     """What a loop is made of."""
 
-    directory: Path
     identity: Identity
     fleet: bytes
     coordinator: bytes
@@ -158,7 +111,7 @@ class Parts:
     max_bundle_bytes: int
     would_serve: bool
     clock: Clock
-    entropy: Callable[[int], bytes]
+    jitter: Callable[[], float]
     conditions: Callable[[], str | None]
     emit: Callable[[events.Event], None]
     stopping: Callable[[], bool]
@@ -174,22 +127,22 @@ class Loop:
         self._enrolled: Enrolled | None = None
         self._news: _News | None = None
         self._epoch_taken: bytes | None = None
+        self._reporting = Reporting(parts.store, parts.clock, parts.emit)
         self._models = Models(parts.store, parts.fetches, parts.rules.read, parts.max_bundle_bytes, parts.emit)
+        self._deliveries = Deliveries(
+            parts.tasks, parts.rules, parts.store, parts.clock, parts.jitter, self._reporting, self._on_freed
+        )
         self._entered: dict[str, _Entered] = {}
         self._tickets: dict[str, Signed] = {}
         self._refused: dict[str, tuple[object, ...]] = {}
-        self._deliveries: dict[str, _Delivery] = {}
         self._letters: dict[bytes, BlobRef] = {}
         self._replies: dict[bytes, Blob] = {}
         self._offered: set[int] = set()
-        self._said: set[str] = set()
         self._training: str | None = None
         self._asked = False
-        self._held = dict.fromkeys(name for name, own in parts.tasks.items() if isinstance(own.state, Sent))
-        self._charge = self._repeat(10.0, 600.0)
         self._looked_s = 0.0
         self._stamp: tuple[int, ...] = ()
-        self._hello = self._repeat(3.0, 60.0)
+        self._hello = Repeat(3.0, 60.0, parts.jitter)
         self.last_frame_s = self._now
 
     # What the caller turns.
@@ -204,7 +157,7 @@ class Loop:
         try:
             self._train()
         except OSError as error:
-            self._warn_once(f"disk: {error}")
+            self._reporting.warn_once(f"disk: {error}")
 
     @property
     def busy(self) -> bool:
@@ -212,7 +165,7 @@ class Loop:
         return (
             self._news is not None
             or bool(self._letters)
-            or bool(self._deliveries)
+            or self._deliveries.active
             or self._p.fetches.active
             or any(not entered.waits for entered in self._entered.values())
         )
@@ -224,8 +177,7 @@ class Loop:
     def close(self) -> None:
         """Let go of files. What was under way is kept."""
         self._p.fetches.close()
-        for delivery in self._deliveries.values():
-            delivery.blob.close()
+        self._deliveries.close()
 
     # What comes.
 
@@ -237,15 +189,15 @@ class Loop:
             self._on_connected()
         elif isinstance(item, Lost):
             self._online = self.welcomed = False
-            self._emit(events.Offline(item.reason))
+            self._reporting.emit(events.Offline(item.reason))
         else:
             self.last_frame_s = self._now
             try:
                 self._on_frame(item)
             except PeerError as error:
-                self._warn(f"dropped: {error}")
+                self._reporting.warn(f"dropped: {error}")
             except OSError as error:  # a full or failing disk: what was not stored was not answered either
-                self._warn(f"disk: {error}")
+                self._reporting.warn(f"disk: {error}")
         return True
 
     def _on_connected(self) -> None:
@@ -253,9 +205,8 @@ class Loop:
         self._offered.clear()
         self._p.fetches.ask_again()
         self._hello.restart()
-        for delivery in self._deliveries.values():
-            delivery.repeat.restart()
-        self._emit(events.Online())
+        self._deliveries.offer_again()
+        self._reporting.emit(events.Online())
 
     def _on_frame(self, data: bytes) -> None:
         frame = decode_down(data)
@@ -273,27 +224,27 @@ class Loop:
                 self._letters.pop(frame.blob, None)
                 self._on_whole()
         else:
-            self._on_refusal(frame)
+            self._deliveries.on_refusal(frame)
 
     def _on_welcome(self, frame: Welcome) -> None:
         if frame.shown is not None and self._p.tasks:  # without tasks it uses no ledger
             self._p.rules.hold_against(frame.shown)
         first, self.welcomed = not self.welcomed, True
         self._hello.restart()
-        self._hello.due_s = self._now + HEARTBEAT_S * (0.75 + 0.5 * self._jitter())
+        self._hello.due_s = self._now + HEARTBEAT_S * (0.75 + 0.5 * self._p.jitter())
         if self._asked:
             self._asked = False
             self._offered.clear()  # what the network lost of them, nobody would miss but the coordinator
         self._news = _News(frame.epoch, frame.enrolment, list(frame.tasks))
         skew_s = frame.time_s - self._p.clock.time_s()
         if abs(skew_s) > SKEW_S:
-            self._warn_once(f"this device's clock is {-skew_s:+.0f} s from the coordinator's: set it")
+            self._reporting.warn_once(f"this device's clock is {-skew_s:+.0f} s from the coordinator's: set it")
         self._take_news()
         if first:
             epoch = self._p.store.epoch
             number = None if epoch is None else epoch.number
             serves = self._p.serving.serves(epoch)
-            self._emit(events.Welcomed(number, self._enrolled is not None, serves, round(skew_s, 1)))
+            self._reporting.emit(events.Welcomed(number, self._enrolled is not None, serves, round(skew_s, 1)))
 
     def _on_whole(self) -> None:
         """A blob is whole, or will never be: whatever waited for it looks again."""
@@ -324,26 +275,15 @@ class Loop:
     def _on_letter(self, data: bytes) -> None:
         kind, message = unwrap(data)
         if isinstance(message, Signed) and kind is Receipt:
-            self._on_receipt(data, decode(Receipt, message.body).tid)
+            self._deliveries.on_receipt(data, decode(Receipt, message.body).tid)
             return
         if isinstance(message, Signed) and kind is Abort:
             self._on_abort(data, message, decode(Abort, message.body).tid)
             return
         self._serve(data)
 
-    def _on_receipt(self, data: bytes, tid: bytes) -> None:
-        for task, delivery in self._deliveries.items():
-            if delivery.sent.round.tid == tid:
-                self._p.tasks[task].answer(data, self._p.clock.time_s())
-                self._end_delivery(task, events.Delivered(task, delivery.sent.round.ticket.round))
-                return
-        # A receipt that was sent twice, or of a contribution that was given up.
-
     def _on_abort(self, data: bytes, signed: Signed, tid: bytes) -> None:
-        for task, delivery in list(self._deliveries.items()):
-            if delivery.sent.round.tid == tid:
-                self._p.tasks[task].answer(data, self._p.clock.time_s())
-                self._end_delivery(task, self._dropped(delivery.sent, "the coordinator aborted the round"))
+        self._deliveries.on_abort(data, tid)
         for entered in self._entered.values():
             if entered.training.round.tid == tid:
                 contributor.check_abort(entered.training.round, signed)
@@ -368,39 +308,19 @@ class Loop:
                     what = "joined"
                 elif isinstance(session, Inspecting) and reply is not None and unwrap(reply)[0] is Complaint:
                     what = "complained"
-                self._emit(events.Answered(session.round.ticket.task, session.round.ticket.round, what))
+                self._reporting.emit(events.Answered(session.round.ticket.task, session.round.ticket.round, what))
 
     def _on_pull(self, pull: Pull) -> None:
-        for delivery in self._deliveries.values():
-            if delivery.blob.ref.id == pull.blob:
-                delivery.repeat.progress(self._now)
-                self._send_chunks(delivery.blob, pull.chunks)
-                return
-        blob = self._replies.get(pull.blob)
+        blob = self._deliveries.pulled(pull.blob) or self._replies.get(pull.blob)
         if blob is None:
             self._send(Gone(pull.blob))
-        else:
-            self._send_chunks(blob, pull.chunks)
-
-    def _send_chunks(self, blob: Blob, chunks: list[int]) -> None:
-        for index in chunks:
+            return
+        for index in pull.chunks:
             try:
                 chunk = blob.chunk(index)
             except ParameterError as error:
                 raise PeerError(f"pull: {error}") from error
             self._send(chunk)
-
-    def _on_refusal(self, frame: Refusal) -> None:
-        for task, delivery in self._deliveries.items():
-            if delivery.header == frame.subject:
-                if frame.final:
-                    self._p.tasks[task].leave(delivery.sent)
-                    self._end_delivery(
-                        task, self._dropped(delivery.sent, f"the coordinator refused it: {frame.reason}")
-                    )
-                else:
-                    self._warn(f"{task}: the coordinator does not take the contribution now: {frame.reason}")
-                return
 
     # News: the epoch, models, tickets.
 
@@ -432,7 +352,7 @@ class Loop:
         try:
             content = self._p.fetches.content(parcel, max_bytes)
         except PeerError as error:
-            self._warn_once(f"dropped: {error}")
+            self._reporting.warn_once(f"dropped: {error}")
             return None, True
         return content, content is not None
 
@@ -454,7 +374,7 @@ class Loop:
         try:
             epoch.check_enrolment(enrolment.index, self._p.identity.public_key, enrolment.proof)
         except PeerError as error:
-            self._warn_once(f"dropped: {error}")
+            self._reporting.warn_once(f"dropped: {error}")
             return
         self._enrolled = Enrolled(self._p.identity, enrolment.index, tuple(enrolment.proof))
 
@@ -487,7 +407,7 @@ class Loop:
 
     def _take_models(self) -> None:
         for task, reason in self._models.take().items():
-            self._warn_once(f"{task}: {reason}")
+            self._reporting.warn_once(f"{task}: {reason}")
             self._refuse_entered(task, reason)
 
     # Rounds.
@@ -520,10 +440,15 @@ class Loop:
             self._refuse(task, tid, number, str(error))
             return
         if training is None:
-            self._emit(events.SatOut(task, number))
-            self._outcome(task, number, "sat-out", "this device's coin said no")
+            self._reporting.emit(events.SatOut(task, number))
+            self._reporting.outcome(task, number, "sat-out", "this device's coin said no")
         else:
             self._entered[task] = _Entered(training, self._enrolled)
+
+    def _on_freed(self, task: str) -> None:
+        """A delivery is over: the next ticket may have waited for it."""
+        if task in self._tickets:
+            self._consider(task)
 
     def _train(self) -> None:
         """One round that was entered and whose model is here, if any."""
@@ -543,7 +468,7 @@ class Loop:
             reason = self._p.conditions() or ""
             if reason:
                 if reason != entered.waits:
-                    self._emit(events.Waiting(task, ticket.round, reason))
+                    self._reporting.emit(events.Waiting(task, ticket.round, reason))
                 entered.waits = reason
                 continue
             entered.waits = ""
@@ -559,7 +484,7 @@ class Loop:
             self._training = task
             bundle = read_bundle(here.bundle, task, rules.policy, self._p.max_bundle_bytes)
             check_fits(entered.training.round, bundle)
-            self._emit(events.Training(task, ticket.round))
+            self._reporting.emit(events.Training(task, ticket.round))
             with self._p.rules.in_use():
                 sent = own.contribute(
                     entered.training, entered.enrolled, bundle, here.parameters, rules.ledger, self._p.clock.time_s,
@@ -570,7 +495,7 @@ class Loop:
                 self._give_up(task, entered, str(error))
             elif not self._p.stopping():  # the owner's conditions: go on when they allow it
                 entered.waits = self._p.conditions() or "interrupted"
-                self._emit(events.Waiting(task, ticket.round, entered.waits))
+                self._reporting.emit(events.Waiting(task, ticket.round, entered.waits))
             return
         except LedgerDamaged:
             raise
@@ -580,12 +505,10 @@ class Loop:
         finally:
             self._training = None
         del self._entered[task]
-        self._held[task] = None
-        self._charge.restart()
         took_s = round(self._now - started_s, 3)
-        if self._deliver(task):
-            self._emit(events.Contributed(task, ticket.round, sent.contribution.size, took_s))
-            self._outcome(task, ticket.round, "contributed", "it waits for the receipt")
+        if self._deliveries.start(task):
+            self._reporting.emit(events.Contributed(task, ticket.round, sent.contribution.size, took_s))
+            self._reporting.outcome(task, ticket.round, "contributed", "it waits for the receipt")
 
     def _stop_training(self, entered: _Entered) -> bool:
         """Asked between batches. Letters are answered here, so that a committee does not wait for our training."""
@@ -596,52 +519,10 @@ class Loop:
             self._tick()
         return entered.aborted or self._p.stopping() or self._p.conditions() is not None
 
-    def _deliver(self, task: str) -> bool:
-        """Charge the contribution that is stored, and have it sent: the same bytes, also after a restart.
-
-        Returns whether it goes out. A ledger that cannot be written now is tried again later.
-        """
-        own = self._p.tasks[task]
-        try:
-            sent = own.charge(self._p.rules.read().ledger, self._p.clock.time_s())
-        except CannotSend as error:
-            del self._held[task]
-            if isinstance(own.state, Sent):
-                self._emit(self._dropped(own.state, str(error)))
-                own.leave(own.state)
-            return False
-        except LedgerDamaged:
-            raise
-        except (SordinoError, OSError) as error:
-            self._p.rules.close()
-            self._warn_once(f"{task}: the contribution that is stored cannot be charged: {error}")
-            return False
-        del self._held[task]
-        blob = Blob.from_file(self._p.store.outbox_path(sent.round.tid))
-        header = message_hash(Header, sent.contribution.header.body)
-        self._deliveries[task] = _Delivery(sent, header, blob, self._repeat(5.0, 300.0))
-        return True
-
-    def _end_delivery(self, task: str, event: events.Event) -> None:
-        delivery = self._deliveries.pop(task)
-        delivery.blob.close()
-        if isinstance(event, events.Delivered):
-            self._outcome(task, event.round, "delivered", "the coordinator's receipt is here")
-        self._emit(event)
-        if task in self._tickets:
-            self._consider(task)
-
-    def _dropped(self, sent: Sent, reason: str) -> events.Dropped:
-        ticket = sent.round.ticket
-        self._outcome(ticket.task, ticket.round, "dropped", reason)
-        return events.Dropped(ticket.task, ticket.round, reason)
-
     def _give_up(self, task: str, entered: _Entered, reason: str) -> None:
         del self._entered[task]
         self._p.tasks[task].leave(entered.training)
-        number = entered.training.round.ticket.round
-        self._outcome(task, number, "dropped", reason)
-        self._emit(events.Dropped(task, number, reason))
+        self._reporting.dropped(entered.training.round.ticket, reason)
 
     def _refuse_entered(self, task: str, reason: str) -> None:
         entered = self._entered.pop(task, None)
@@ -650,27 +531,21 @@ class Loop:
 
     def _refuse(self, task: str, tid: bytes, number: int, reason: str) -> None:
         self._refused[task] = self._view(tid)
-        self._outcome(task, number, "refused", reason)
-        self._emit(events.Refused(task, number, reason))
+        self._reporting.outcome(task, number, "refused", reason)
+        self._reporting.emit(events.Refused(task, number, reason))
 
     def _view(self, tid: bytes) -> tuple[object, ...]:
         """What a refusal rests on: the ticket is looked at again when any of it is another."""
         return tid, self._stamp, self._enrolled is not None
-
-    def _outcome(self, task: str, number: int, what: str, reason: str) -> None:
-        try:
-            self._p.store.save_outcome(Outcome(task, number, what, reason, int(self._p.clock.time_s())))
-        except OSError as error:  # for people only: nothing rests on it
-            self._warn_once(f"disk: {error}")
 
     # What is due.
 
     def _tick(self) -> None:
         now_s = self._now
         try:
-            self._keep_up(now_s)
+            self._keep_up()
         except OSError as error:  # a full or failing disk: it is tried again
-            self._warn_once(f"disk: {error}")
+            self._reporting.warn_once(f"disk: {error}")
         if not self._online:
             return
         if now_s >= self._hello.due_s:
@@ -679,25 +554,17 @@ class Loop:
             return
         for pull in self._p.fetches.pulls(now_s):
             self._send(pull)
-        for delivery in self._deliveries.values():
-            if now_s >= delivery.repeat.due_s:
-                delivery.repeat.said(now_s)
-                self._send(Upload(delivery.sent.contribution.header, delivery.blob.ref))
+        for upload in self._deliveries.uploads():
+            self._send(upload)
 
-    def _keep_up(self, now_s: float) -> None:
+    def _keep_up(self) -> None:
         """What is due without the network. Raises OSError from the disk."""
         if self._p.serving.next_expiry_s <= self._p.clock.time_s():
             self._p.serving.expire(self._p.clock.time_s())
-        for task, delivery in list(self._deliveries.items()):
-            if self._p.clock.time_s() >= delivery.sent.round.ticket.expires_s:
-                self._p.tasks[task].leave(delivery.sent)
-                self._end_delivery(task, self._dropped(delivery.sent, "the round ended without a receipt"))
+        self._deliveries.expire()
         if self._training is None:
             self._look_at_policy()
-            if self._held and now_s >= self._charge.due_s:
-                self._charge.said(now_s)
-                for task in list(self._held):
-                    self._deliver(task)
+            self._deliveries.retry()
 
     def _due_s(self) -> float:
         """When `_tick` next has something to do, on the monotonic clock."""
@@ -705,11 +572,9 @@ class Loop:
             return 0.0
         if not self._online:
             return float("inf")
-        due = [self._hello.due_s]
-        if self._held:
-            due.append(self._charge.due_s)
+        due = [self._hello.due_s, self._deliveries.retry_due_s]
         if self.welcomed:
-            due += [self._p.fetches.due_s, *(delivery.repeat.due_s for delivery in self._deliveries.values())]
+            due += [self._p.fetches.due_s, self._deliveries.due_s]
         return min(due)
 
     def _say_hello(self) -> None:
@@ -756,34 +621,13 @@ class Loop:
     def _now(self) -> float:
         return self._p.clock.monotonic_s()
 
-    def _jitter(self) -> float:
-        return int.from_bytes(self._p.entropy(4), "little") / 2**32
-
-    def _repeat(self, first_s: float, most_s: float) -> _Repeat:
-        return _Repeat(first_s, most_s, self._jitter)
-
     def _send(self, frame: Up) -> None:
         self._p.transport.send(encode_frame(frame))
-
-    def _emit(self, event: events.Event) -> None:
-        log.debug("%r", event)
-        self._p.emit(event)
-
-    def _warn(self, reason: str) -> None:
-        log.warning("%s", reason)
-        self._p.emit(events.Warned(reason))
-
-    def _warn_once(self, reason: str) -> None:
-        if reason not in self._said:
-            if len(self._said) >= 1024:
-                self._said.clear()
-            self._said.add(reason)
-            self._warn(reason)
 
     def _guarded(self, call: Callable[[T], bool | None], subject: T) -> bool:
         """Whether `call` is done with its subject (None says so too). One that the peer broke is, with a warning."""
         try:
             return call(subject) is not False
         except PeerError as error:
-            self._warn_once(f"dropped: {error}")
+            self._reporting.warn_once(f"dropped: {error}")
             return True

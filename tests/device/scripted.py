@@ -15,6 +15,7 @@ import numpy as np
 from training import tiny_models as tiny
 
 from edge_sdk.bundle import Bundle, write_bundle
+from edge_sdk.clock import Clock
 from edge_sdk.config import Config
 from edge_sdk.crypto.hashing import content_hash, derive_key
 from edge_sdk.crypto.identity import Identity
@@ -23,7 +24,6 @@ from edge_sdk.device import Device
 from edge_sdk.enrolment import Membership
 from edge_sdk.errors import RoundAborted, SordinoError
 from edge_sdk.ledger import create_ledger
-from edge_sdk.loop import Clock
 from edge_sdk.privacy.mechanism import METRICS
 from edge_sdk.protocol import aggregator, authority, member
 from edge_sdk.protocol.contributor import Contribution, Enrolled, Idle, Terms
