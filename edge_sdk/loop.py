@@ -12,15 +12,13 @@ from typing import TypeVar
 
 from edge_sdk import events
 from edge_sdk.clock import Clock, Repeat
-from edge_sdk.contributing import Contributing, check_fits, read_bundle
+from edge_sdk.contributing import Contributing
 from edge_sdk.crypto.hashing import content_hash
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.delivering import Deliveries
-from edge_sdk.errors import ParameterError, PeerError, RoundAborted, SordinoError
+from edge_sdk.errors import ParameterError, PeerError
 from edge_sdk.fetching import Fetches
-from edge_sdk.models import Here, Models
-from edge_sdk.privacy.ledger_entry import LedgerDamaged
-from edge_sdk.protocol import contributor
+from edge_sdk.models import Models
 from edge_sdk.protocol.authority import FleetEpoch
 from edge_sdk.protocol.contributor import Enrolled, Sent
 from edge_sdk.protocol.member import Closed, Committed, Inspecting, Released
@@ -39,6 +37,7 @@ from edge_sdk.protocol.messages import (
     wrap,
 )
 from edge_sdk.reporting import Reporting
+from edge_sdk.rounds import Rounds
 from edge_sdk.rules import RulesFile
 from edge_sdk.serving import Serving
 from edge_sdk.store import Store
@@ -86,16 +85,6 @@ class _News:
 
 
 @dataclass
-class _Entered:
-    """A round that this device's coin chose; nothing of it is stored but the coin."""
-
-    training: contributor.Training
-    enrolled: Enrolled
-    waits: str = ""
-    aborted: bool = False
-
-
-@dataclass
 class Parts:
     """What a loop is made of."""
 
@@ -124,24 +113,23 @@ class Loop:
         self._p = parts
         self._online = False
         self.welcomed = False
-        self._enrolled: Enrolled | None = None
         self._news: _News | None = None
         self._epoch_taken: bytes | None = None
         self._reporting = Reporting(parts.store, parts.clock, parts.emit)
         self._models = Models(parts.store, parts.fetches, parts.rules.read, parts.max_bundle_bytes, parts.emit)
         self._deliveries = Deliveries(
-            parts.tasks, parts.rules, parts.store, parts.clock, parts.jitter, self._reporting, self._on_freed
-        )
-        self._entered: dict[str, _Entered] = {}
-        self._tickets: dict[str, Signed] = {}
-        self._refused: dict[str, tuple[object, ...]] = {}
+            parts.tasks, parts.rules, parts.store, parts.clock, parts.jitter, self._reporting,
+            freed=lambda task: self._rounds.on_freed(task),
+        )  # fmt: skip
+        self._rounds = Rounds(
+            parts.tasks, parts.rules, parts.store, self._models, self._deliveries, parts.clock, self._reporting,
+            conditions=parts.conditions, stopping=parts.stopping, look=self._look_while_training,
+        )  # fmt: skip
         self._letters: dict[bytes, BlobRef] = {}
         self._replies: dict[bytes, Blob] = {}
         self._offered: set[int] = set()
-        self._training: str | None = None
         self._asked = False
         self._looked_s = 0.0
-        self._stamp: tuple[int, ...] = ()
         self._hello = Repeat(3.0, 60.0, parts.jitter)
         self.last_frame_s = self._now
 
@@ -155,7 +143,7 @@ class Loop:
                 break
         self._tick()
         try:
-            self._train()
+            self._rounds.train(settled=self._news is None)
         except OSError as error:
             self._reporting.warn_once(f"disk: {error}")
 
@@ -167,7 +155,7 @@ class Loop:
             or bool(self._letters)
             or self._deliveries.active
             or self._p.fetches.active
-            or any(not entered.waits for entered in self._entered.values())
+            or self._rounds.ready
         )
 
     def leave(self) -> None:
@@ -178,6 +166,14 @@ class Loop:
         """Let go of files. What was under way is kept."""
         self._p.fetches.close()
         self._deliveries.close()
+
+    def _look_while_training(self) -> None:
+        """Called between batches. Letters are answered here, so that a committee does not wait for our training."""
+        if self._now - self._looked_s >= LOOK_S:
+            self._looked_s = self._now
+            while self._receive(0.0):
+                pass
+            self._tick()
 
     # What comes.
 
@@ -244,7 +240,7 @@ class Loop:
             epoch = self._p.store.epoch
             number = None if epoch is None else epoch.number
             serves = self._p.serving.serves(epoch)
-            self._reporting.emit(events.Welcomed(number, self._enrolled is not None, serves, round(skew_s, 1)))
+            self._reporting.emit(events.Welcomed(number, self._rounds.enrolled is not None, serves, round(skew_s, 1)))
 
     def _on_whole(self) -> None:
         """A blob is whole, or will never be: whatever waited for it looks again."""
@@ -284,10 +280,7 @@ class Loop:
 
     def _on_abort(self, data: bytes, signed: Signed, tid: bytes) -> None:
         self._deliveries.on_abort(data, tid)
-        for entered in self._entered.values():
-            if entered.training.round.tid == tid:
-                contributor.check_abort(entered.training.round, signed)
-                entered.aborted = True
+        self._rounds.on_abort(signed, tid)
         if tid in self._p.serving.state.sessions:
             self._serve(data)
 
@@ -368,7 +361,7 @@ class Loop:
 
     def _enrol(self, enrolment: Enrolment | None) -> None:
         epoch = self._p.store.epoch
-        self._enrolled = None
+        self._rounds.enrolled = None
         if epoch is None or enrolment is None:
             return
         try:
@@ -376,7 +369,7 @@ class Loop:
         except PeerError as error:
             self._reporting.warn_once(f"dropped: {error}")
             return
-        self._enrolled = Enrolled(self._p.identity, enrolment.index, tuple(enrolment.proof))
+        self._rounds.enrolled = Enrolled(self._p.identity, enrolment.index, tuple(enrolment.proof))
 
     def _take_task(self, state: TaskState) -> bool:
         """Returns whether it was taken whole; else a blob is on its way."""
@@ -398,145 +391,13 @@ class Loop:
         if model.task not in self._p.tasks:
             return True
         self._models.want(model, state)
-        if ticket is not None:
-            self._tickets[model.task] = ticket
-            self._consider(model.task)
-        else:
-            self._tickets.pop(model.task, None)
+        self._rounds.on_ticket(model.task, ticket)
         return True
 
     def _take_models(self) -> None:
         for task, reason in self._models.take().items():
             self._reporting.warn_once(f"{task}: {reason}")
-            self._refuse_entered(task, reason)
-
-    # Rounds.
-
-    def _consider(self, task: str) -> None:
-        """Enter the round of the task's ticket, if it is new and everything allows it."""
-        signed, own = self._tickets[task], self._p.tasks[task]
-        tid = message_hash(Ticket, signed.body)
-        entered = self._entered.get(task)
-        if task == self._training or (entered is not None and entered.training.round.tid == tid):
-            return
-        if isinstance(own.state, Sent) or own.state.tid == tid or self._refused.get(task) == self._view(tid):
-            return
-        if entered is not None:  # its round is over, or the coordinator would not open the next one
-            del self._entered[task]
-        number = -1
-        try:
-            number = decode(Ticket, signed.body).round
-            epoch = self._p.store.epoch
-            if epoch is None or self._enrolled is None:
-                raise PeerError("this device is not in the epoch's roster yet")
-            rules = self._p.rules.read()
-            manifest = self._models.manifest(task, decode(Ticket, signed.body).bundle)
-            training = own.enter(signed, epoch, rules, manifest, self._p.clock.time_s())
-        except LedgerDamaged:  # nothing mends a ledger while the device runs
-            raise
-        except (SordinoError, OSError) as error:
-            if isinstance(error, OSError):
-                self._p.rules.close()
-            self._refuse(task, tid, number, str(error))
-            return
-        if training is None:
-            self._reporting.emit(events.SatOut(task, number))
-            self._reporting.outcome(task, number, "sat-out", "this device's coin said no")
-        else:
-            self._entered[task] = _Entered(training, self._enrolled)
-
-    def _on_freed(self, task: str) -> None:
-        """A delivery is over: the next ticket may have waited for it."""
-        if task in self._tickets:
-            self._consider(task)
-
-    def _train(self) -> None:
-        """One round that was entered and whose model is here, if any."""
-        for task, entered in list(self._entered.items()):
-            ticket = entered.training.round.ticket
-            if entered.aborted or self._p.clock.time_s() >= ticket.closes_s:
-                reason = (
-                    "the coordinator aborted the round" if entered.aborted else "the round closed before it trained"
-                )
-                self._give_up(task, entered, reason)
-                continue
-            here = self._models.here.get(task)
-            if here is None or not here.fits(ticket):
-                if not self._models.wants(task) and self._news is None:
-                    self._refuse_entered(task, "the coordinator does not offer the parameters that the ticket names")
-                continue
-            reason = self._p.conditions() or ""
-            if reason:
-                if reason != entered.waits:
-                    self._reporting.emit(events.Waiting(task, ticket.round, reason))
-                entered.waits = reason
-                continue
-            entered.waits = ""
-            self._contribute(task, entered, here)
-            return
-
-    def _contribute(self, task: str, entered: _Entered, here: Here) -> None:
-        ticket, own = entered.training.round.ticket, self._p.tasks[task]
-        started_s = self._now
-        try:
-            rules = self._p.rules.read()
-            own.check(entered.training.round, rules)  # the owner may have changed the policy since the coin was tossed
-            self._training = task
-            bundle = read_bundle(here.bundle, task, rules.policy, self._p.max_bundle_bytes)
-            check_fits(entered.training.round, bundle)
-            self._reporting.emit(events.Training(task, ticket.round))
-            with self._p.rules.in_use():
-                sent = own.contribute(
-                    entered.training, entered.enrolled, bundle, here.parameters, rules.ledger, self._p.clock.time_s,
-                    lambda: self._stop_training(entered),
-                )  # fmt: skip
-        except RoundAborted as error:
-            if entered.aborted or self._p.clock.time_s() >= ticket.closes_s:
-                self._give_up(task, entered, str(error))
-            elif not self._p.stopping():  # the owner's conditions: go on when they allow it
-                entered.waits = self._p.conditions() or "interrupted"
-                self._reporting.emit(events.Waiting(task, ticket.round, entered.waits))
-            return
-        except LedgerDamaged:
-            raise
-        except (SordinoError, OSError) as error:
-            self._refuse_entered(task, str(error))
-            return
-        finally:
-            self._training = None
-        del self._entered[task]
-        took_s = round(self._now - started_s, 3)
-        if self._deliveries.start(task):
-            self._reporting.emit(events.Contributed(task, ticket.round, sent.contribution.size, took_s))
-            self._reporting.outcome(task, ticket.round, "contributed", "it waits for the receipt")
-
-    def _stop_training(self, entered: _Entered) -> bool:
-        """Asked between batches. Letters are answered here, so that a committee does not wait for our training."""
-        if self._now - self._looked_s >= LOOK_S:
-            self._looked_s = self._now
-            while self._receive(0.0):
-                pass
-            self._tick()
-        return entered.aborted or self._p.stopping() or self._p.conditions() is not None
-
-    def _give_up(self, task: str, entered: _Entered, reason: str) -> None:
-        del self._entered[task]
-        self._p.tasks[task].leave(entered.training)
-        self._reporting.dropped(entered.training.round.ticket, reason)
-
-    def _refuse_entered(self, task: str, reason: str) -> None:
-        entered = self._entered.pop(task, None)
-        if entered is not None:
-            self._refuse(task, entered.training.round.tid, entered.training.round.ticket.round, reason)
-
-    def _refuse(self, task: str, tid: bytes, number: int, reason: str) -> None:
-        self._refused[task] = self._view(tid)
-        self._reporting.outcome(task, number, "refused", reason)
-        self._reporting.emit(events.Refused(task, number, reason))
-
-    def _view(self, tid: bytes) -> tuple[object, ...]:
-        """What a refusal rests on: the ticket is looked at again when any of it is another."""
-        return tid, self._stamp, self._enrolled is not None
+            self._rounds.refuse_entered(task, reason)
 
     # What is due.
 
@@ -562,13 +423,13 @@ class Loop:
         if self._p.serving.next_expiry_s <= self._p.clock.time_s():
             self._p.serving.expire(self._p.clock.time_s())
         self._deliveries.expire()
-        if self._training is None:
-            self._look_at_policy()
+        if not self._rounds.training:
+            self._rounds.look_at_policy()
             self._deliveries.retry()
 
     def _due_s(self) -> float:
         """When `_tick` next has something to do, on the monotonic clock."""
-        if any(not entered.waits for entered in self._entered.values()) and not self._p.fetches.active:
+        if self._rounds.ready and not self._p.fetches.active:
             return 0.0
         if not self._online:
             return float("inf")
@@ -604,16 +465,6 @@ class Loop:
         for start in range(0, len(offers), 32):
             self._send(Prekeys(offers[start : start + 32]))
         self._offered.update(fresh)
-
-    def _look_at_policy(self) -> None:
-        """What was refused under another policy is looked at again."""
-        if not self._p.tasks:
-            return
-        stamp = self._p.rules.stamp
-        if stamp != self._stamp:
-            self._stamp = stamp
-            for task in list(self._tickets):
-                self._consider(task)
 
     # Small things.
 

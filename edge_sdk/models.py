@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_sdk import events
-from edge_sdk.bundle import Manifest
+from edge_sdk.bundle import Bundle, Manifest
 from edge_sdk.contributing import read_bundle, read_parameters
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError, PeerError
 from edge_sdk.fetching import Fetches
 from edge_sdk.files import reason
+from edge_sdk.policy import Policy
 from edge_sdk.protocol.messages import Signed, Ticket, decode
 from edge_sdk.rules import Rules, read_policy
 from edge_sdk.store import Held, Store, read_model
@@ -84,6 +85,10 @@ class Models:
         """Of this bundle, if it is here."""
         here = self.here.get(task)
         return here.manifest if here is not None and here.model.bundle == bundle else None
+
+    def bundle(self, here: Here, policy: Policy) -> Bundle:
+        """The bundle of a model that is here, if the policy still lists its publisher, else raise PeerError."""
+        return read_bundle(here.bundle, here.model.task, policy, self._max_bundle_bytes)
 
     def take(self) -> dict[str, str]:
         """Look for the files of what is wanted; take what is whole. Returns tasks whose model is refused, and why.

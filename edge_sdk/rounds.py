@@ -1,0 +1,232 @@
+"""The rounds of a device's tasks, from a ticket that is offered to a contribution that is stored.
+
+A ticket is refused, sat out or entered; what was entered waits for its model and for the owner's conditions, and is
+trained or given up. Nothing of it is stored before the contribution is, but the coin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from edge_sdk import events
+from edge_sdk.clock import Clock
+from edge_sdk.contributing import Contributing, check_fits
+from edge_sdk.delivering import Deliveries
+from edge_sdk.errors import PeerError, RoundAborted, SordinoError
+from edge_sdk.models import Here, Models
+from edge_sdk.privacy.ledger_entry import LedgerDamaged
+from edge_sdk.protocol import contributor
+from edge_sdk.protocol.contributor import Enrolled, Sent
+from edge_sdk.protocol.messages import Signed, Ticket, decode, message_hash
+from edge_sdk.reporting import Reporting
+from edge_sdk.rules import RulesFile
+from edge_sdk.store import Store
+
+
+@dataclass
+class _Entered:
+    """A round that this device's coin chose. waits: why it does not train now, or "" if nothing is known against it."""
+
+    training: contributor.Training
+    enrolled: Enrolled
+    waits: str = ""
+    aborted: bool = False
+
+
+class Rounds:
+    """At most one round of each task is under way, and one at a time trains.
+
+    What is refused is looked at again when the ticket, the policy file or the enrolment changes.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Contributing],
+        rules: RulesFile,
+        store: Store,
+        models: Models,
+        deliveries: Deliveries,
+        clock: Clock,
+        reporting: Reporting,
+        *,
+        conditions: Callable[[], str | None],
+        stopping: Callable[[], bool],
+        look: Callable[[], None],
+    ) -> None:
+        """conditions: why this device may not train now, or None.  stopping: whether the run is to end.
+
+        look: called between two batches, to see what came meanwhile; that may call anything here but `train`.
+        """
+        self._tasks, self._rules, self._store, self._models = tasks, rules, store, models
+        self._deliveries, self._clock, self._reporting = deliveries, clock, reporting
+        self._conditions, self._stopping, self._look = conditions, stopping, look
+        self.enrolled: Enrolled | None = None
+        """This device's place in the epoch's roster, as far as it was told: whoever learns of it sets it."""
+        self._tickets: dict[str, Signed] = {}
+        self._entered: dict[str, _Entered] = {}
+        self._refused: dict[str, tuple[object, ...]] = {}
+        self._training: str | None = None
+        self._stamp: tuple[int, ...] = ()
+
+    @property
+    def training(self) -> bool:
+        """Whether a round trains, and uses the ledger."""
+        return self._training is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether a round is entered that waits for nothing but its model."""
+        return any(not entered.waits for entered in self._entered.values())
+
+    def on_ticket(self, task: str, ticket: Signed | None) -> None:
+        """The ticket of the task's open round, or that none is open. Raises LedgerDamaged."""
+        if ticket is None:
+            self._tickets.pop(task, None)
+        else:
+            self._tickets[task] = ticket
+            self._consider(task)
+
+    def on_freed(self, task: str) -> None:
+        """A delivery is over: the next ticket may have waited for it. Raises as `on_ticket`."""
+        if task in self._tickets:
+            self._consider(task)
+
+    def look_at_policy(self) -> None:
+        """What was refused under another policy is looked at again. Raises as `on_ticket`."""
+        if not self._tasks:
+            return
+        stamp = self._rules.stamp
+        if stamp != self._stamp:
+            self._stamp = stamp
+            for task in list(self._tickets):
+                self._consider(task)
+
+    def on_abort(self, signed: Signed, tid: bytes) -> None:
+        """An abort of the round with this ticket. Raises PeerError if the coordinator did not sign it."""
+        for entered in self._entered.values():
+            if entered.training.round.tid == tid:
+                contributor.check_abort(entered.training.round, signed)
+                entered.aborted = True
+
+    def refuse_entered(self, task: str, reason: str) -> None:
+        """The task's round, if one was entered, cannot be trained."""
+        entered = self._entered.pop(task, None)
+        if entered is not None:
+            self._refuse(task, entered.training.round.tid, entered.training.round.ticket.round, reason)
+
+    def train(self, *, settled: bool) -> None:
+        """One round that was entered and whose model is here, if any.
+
+        settled: whether everything that the coordinator told was taken in, so that no model is still to be heard of.
+        Raises LedgerDamaged, and OSError from the disk.
+        """
+        for task, entered in list(self._entered.items()):
+            ticket = entered.training.round.ticket
+            if entered.aborted or self._clock.time_s() >= ticket.closes_s:
+                reason = (
+                    "the coordinator aborted the round" if entered.aborted else "the round closed before it trained"
+                )
+                self._give_up(task, entered, reason)
+                continue
+            here = self._models.here.get(task)
+            if here is None or not here.fits(ticket):
+                if not self._models.wants(task) and settled:
+                    self.refuse_entered(task, "the coordinator does not offer the parameters that the ticket names")
+                continue
+            reason = self._conditions() or ""
+            if reason:
+                if reason != entered.waits:
+                    self._reporting.emit(events.Waiting(task, ticket.round, reason))
+                entered.waits = reason
+                continue
+            entered.waits = ""
+            self._contribute(task, entered, here)
+            return
+
+    def _consider(self, task: str) -> None:
+        """Enter the round of the task's ticket, if it is new and everything allows it."""
+        signed, own = self._tickets[task], self._tasks[task]
+        tid = message_hash(Ticket, signed.body)
+        entered = self._entered.get(task)
+        if task == self._training or (entered is not None and entered.training.round.tid == tid):
+            return
+        if isinstance(own.state, Sent) or own.state.tid == tid or self._refused.get(task) == self._view(tid):
+            return
+        if entered is not None:  # its round is over, or the coordinator would not open the next one
+            del self._entered[task]
+        number = -1
+        try:
+            number = decode(Ticket, signed.body).round
+            epoch = self._store.epoch
+            if epoch is None or self.enrolled is None:
+                raise PeerError("this device is not in the epoch's roster yet")
+            rules = self._rules.read()
+            manifest = self._models.manifest(task, decode(Ticket, signed.body).bundle)
+            training = own.enter(signed, epoch, rules, manifest, self._clock.time_s())
+        except LedgerDamaged:  # nothing mends a ledger while the device runs
+            raise
+        except (SordinoError, OSError) as error:
+            if isinstance(error, OSError):
+                self._rules.close()
+            self._refuse(task, tid, number, str(error))
+            return
+        if training is None:
+            self._reporting.emit(events.SatOut(task, number))
+            self._reporting.outcome(task, number, "sat-out", "this device's coin said no")
+        else:
+            self._entered[task] = _Entered(training, self.enrolled)
+
+    def _contribute(self, task: str, entered: _Entered, here: Here) -> None:
+        ticket, own = entered.training.round.ticket, self._tasks[task]
+        started_s = self._clock.monotonic_s()
+        try:
+            rules = self._rules.read()
+            own.check(entered.training.round, rules)  # the owner may have changed the policy since the coin was tossed
+            self._training = task
+            bundle = self._models.bundle(here, rules.policy)
+            check_fits(entered.training.round, bundle)
+            self._reporting.emit(events.Training(task, ticket.round))
+            with self._rules.in_use():
+                sent = own.contribute(
+                    entered.training, entered.enrolled, bundle, here.parameters, rules.ledger, self._clock.time_s,
+                    lambda: self._should_stop(entered),
+                )  # fmt: skip
+        except RoundAborted as error:
+            if entered.aborted or self._clock.time_s() >= ticket.closes_s:
+                self._give_up(task, entered, str(error))
+            elif not self._stopping():  # the owner's conditions: go on when they allow it
+                entered.waits = self._conditions() or "interrupted"
+                self._reporting.emit(events.Waiting(task, ticket.round, entered.waits))
+            return
+        except LedgerDamaged:
+            raise
+        except (SordinoError, OSError) as error:
+            self.refuse_entered(task, str(error))
+            return
+        finally:
+            self._training = None
+        del self._entered[task]
+        took_s = round(self._clock.monotonic_s() - started_s, 3)
+        if self._deliveries.start(task):
+            self._reporting.emit(events.Contributed(task, ticket.round, sent.contribution.size, took_s))
+            self._reporting.outcome(task, ticket.round, "contributed", "it waits for the receipt")
+
+    def _should_stop(self, entered: _Entered) -> bool:
+        """Asked between batches."""
+        self._look()
+        return entered.aborted or self._stopping() or self._conditions() is not None
+
+    def _give_up(self, task: str, entered: _Entered, reason: str) -> None:
+        del self._entered[task]
+        self._tasks[task].leave(entered.training)
+        self._reporting.dropped(entered.training.round.ticket, reason)
+
+    def _refuse(self, task: str, tid: bytes, number: int, reason: str) -> None:
+        self._refused[task] = self._view(tid)
+        self._reporting.outcome(task, number, "refused", reason)
+        self._reporting.emit(events.Refused(task, number, reason))
+
+    def _view(self, tid: bytes) -> tuple[object, ...]:
+        """What a refusal rests on: the ticket is looked at again when any of it is another."""
+        return tid, self._stamp, self.enrolled is not None
