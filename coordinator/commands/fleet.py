@@ -1,0 +1,126 @@
+"""`invite`, `revoke` and `status`: who is in."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from coordinator.commands.directory import open_store
+from coordinator.commands.output import print_object, print_result, say
+from edge_sdk.errors import ParameterError
+
+
+def invite(options: argparse.Namespace) -> int:
+    """Print tokens that let one device each join, once."""
+    from coordinator.serving import Directory
+
+    if not 1 <= options.count <= 10_000:
+        raise ParameterError(f"--count {options.count}: 1 to 10000")
+    directory = Directory.open(options.dir)
+    store = open_store(options)
+    try:
+        desk, now_s = directory.desk(store), int(time.time())
+        hours = directory.config.limits.token_hours if options.hours is None else options.hours
+        if not 0 < hours <= 8784:
+            raise ParameterError(f"--hours {hours}: above 0, at most 8784")
+        for _ in range(options.count):
+            token = desk.invite(options.role, options.tag, max(1, int(hours * 3600)), now_s)
+            if options.json:
+                print_object(
+                    {"token": token.text, "role": token.role, "tags": options.tag, "expires_s": token.expires_s}
+                )
+            else:
+                print(token.text)
+    finally:
+        store.close()
+    if not options.json:
+        say(f"for one {options.role} each, {hours:g} hours long: `edge-{options.role} join TOKEN`")
+    return 0
+
+
+def revoke(options: argparse.Namespace) -> int:
+    """Shut a device out for good."""
+    store = open_store(options)
+    try:
+        prefix = options.device.lower()
+        with store.transaction() as rows:
+            found = [row for row in rows.devices() if row.key.hex().startswith(prefix)]
+            if len(prefix) < 8 or len(found) != 1:
+                raise ParameterError(f"{options.device!r} names {len(found)} devices: give 8 digits or more, of one")
+            new = rows.revoke(found[0].key, time.time())
+        print_result(options, {"device": found[0].key.hex(), "revoked": True, "was_enrolled": new})
+    finally:
+        store.close()
+    return 0
+
+
+def status(options: argparse.Namespace) -> int:
+    """Print what runs, who is in and how the tasks stand."""
+    from coordinator.serving import Directory, serving_pid
+    from coordinator.task import load
+
+    directory = Directory.open(options.dir)
+    config, now_s = directory.config, time.time()
+    store = open_store(options)
+    try:
+        with store.reading() as rows:
+            devices, tokens, epoch = rows.devices(), rows.tokens(), rows.newest_epoch()
+            tasks: list[dict[str, Any]] = []
+            for row in rows.tasks():
+                task, planned = load(row)
+                newest, last = rows.newest_model(row.name), rows.last_round(row.name)
+                tasks.append(
+                    {
+                        "task": row.name,
+                        "state": row.state,
+                        "model": newest.number if newest is not None else 0,
+                        "rounds": task.rounds,
+                        "round": last.number if last is not None else None,
+                        "phase": last.phase if last is not None else None,
+                        "reason": last.reason if last is not None else "",
+                        "contributions": len(rows.contributions(last.tid)) if last is not None else 0,
+                        "metrics": dict(newest.metrics) if newest is not None else {},
+                        "readers_epsilon": planned.readers_epsilon(newest.number if newest is not None else 0),
+                        "delta": planned.delta,
+                    }
+                )
+    finally:
+        store.close()
+    enrolled = [row for row in devices if row.revoked_s is None]
+    answer = {
+        "fleet": config.fleet,
+        "serving": serving_pid(options.dir),
+        "coordinator": directory.identity.public_key.hex(),
+        "authority": directory.authority_key.hex(),
+        "publishers": list(config.publishers),
+        "broker_url": config.broker_url,
+        "enrolment_url": config.enrolment_url,
+        "assumptions": directory.assumptions,
+        "devices": sum(row.role == "device" for row in enrolled),
+        "helpers": sum(row.role == "helper" for row in enrolled),
+        "revoked": len(devices) - len(enrolled),
+        "seen_last_hour": sum((row.last_seen_s or 0) > now_s - 3600 for row in enrolled),
+        "invitations": sum(token.spent_by is None and token.expires_s > now_s for token in tokens),
+        "epoch": epoch.number if epoch is not None else None,
+        "epoch_devices": len(epoch.roster) if epoch is not None else 0,
+        "tasks": tasks,
+    }
+    if options.json:
+        print_object(answer)
+        return 0
+    running = f"serving (process {answer['serving']})" if answer["serving"] else "not serving"
+    print(f"fleet {config.fleet}: {running}; broker {config.broker_url}, enrolment {config.enrolment_url}")
+    for assumption in directory.assumptions:
+        print(f"  {assumption}")
+    print(
+        f"  {answer['devices']} devices and {answer['helpers']} helpers enrolled, {answer['seen_last_hour']} seen in "
+        f"the last hour, {answer['revoked']} revoked, {answer['invitations']} invitations open"
+    )
+    print(f"  epoch {answer['epoch']} of {answer['epoch_devices']} devices" if epoch is not None else "  no epoch yet")
+    for line in tasks:
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in line["metrics"].items())
+        print(f"  task {line['task']}: {line['state']}, model {line['model']} of {line['rounds']}; {shown}")
+        if line["phase"] is not None:
+            print(f"    round {line['round']}: {line['phase']} {line['reason']}")
+    return 0

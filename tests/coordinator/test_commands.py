@@ -1,0 +1,67 @@
+"""What commands say, and what they need not load."""
+
+import json
+import logging
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from coordinator import events
+from coordinator.commands import serving
+from coordinator.commands.output import print_result
+from coordinator.rounds import Spent
+
+ROOT = Path(__file__).parents[2]
+PUBLISHED = events.ModelPublished(
+    "digits", 3, 2, 4, {"loss": 0.25}, Spent(1.0, "pld", 2.5, "rdp", 1e-5), 0.7, 12.34, reason=""
+)
+
+
+def test_the_parser_is_there_before_anything_heavy_is():
+    probe = (
+        "import sys, coordinator.__main__ as cli; cli._parser(); "
+        "print([n for n in ('numpy', 'cryptography', 'amqtt', 'paho', 'dp_accounting', 'coordinator.store') "
+        "if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_with_json_each_event_is_one_line_of_stdout_and_stderr_is_empty(capsys):
+    show = serving._shower(True)
+    show(PUBLISHED)
+    show(events.RoundCertified("digits", 3))
+    said = capsys.readouterr()
+    published, certified = (json.loads(line) for line in said.out.splitlines())
+    assert (published["event"], published["metrics"]) == ("model_published", {"loss": 0.25})
+    assert published["spent"]["readers_method"] == "pld"
+    assert (certified["event"], certified["round"]) == ("round_certified", 3)
+    assert said.err == ""
+
+
+def test_without_json_events_are_text_on_stderr_and_the_frequent_ones_only_in_the_log(capsys, caplog):
+    caplog.set_level(logging.DEBUG, "sordino")
+    show = serving._shower(False)
+    show(events.RoundAborted("digits", 3, "too few"))
+    show(PUBLISHED)
+    show(events.RoundCertified("digits", 4))
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == [
+        "round aborted: task digits, round 3, reason too few",
+        "digits: model 2 of round 3 after 12.3 s; loss 0.25; epsilon 1 against readers (pld), "
+        "2.5 against the coordinator (rdp), delta 1e-05",
+    ]
+    assert [record.message for record in caplog.records] == ["RoundCertified(task='digits', round=4)"]
+
+
+@pytest.mark.parametrize(
+    ("as_json", "line"), [(True, '{"task":"digits","state":"paused"}'), (False, "task digits, state paused")]
+)
+def test_a_result_is_one_line(capsys, as_json, line):
+    print_result(Namespace(json=as_json), {"task": "digits", "state": "paused"})
+    said = capsys.readouterr()
+    assert (said.out, said.err) == (line + "\n", "")
