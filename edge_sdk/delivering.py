@@ -162,20 +162,21 @@ class Deliveries:
         own = self._tasks[task]
         try:
             sent = own.charge(self._rules.read().ledger, self._clock.time_s())
+            blob = Blob.from_file(self._store.outbox_path(sent.round.tid))
         except CannotSend as error:
-            del self._held[task]
             if isinstance(own.state, Sent):
-                self._reporting.dropped(own.state.round.ticket, str(error))
+                ticket = own.state.round.ticket
                 own.leave(own.state)
+                self._reporting.dropped(ticket, str(error))
+            del self._held[task]
             return False
         except LedgerDamaged:
             raise
         except (SordinoError, OSError) as error:
             self._rules.close()
-            self._reporting.warn_once(f"{task}: the contribution that is stored cannot be charged: {error}")
+            self._reporting.warn_once(f"{task}: the contribution that is stored cannot be charged or read: {error}")
             return False
         del self._held[task]
-        blob = Blob.from_file(self._store.outbox_path(sent.round.tid))
         header = message_hash(Header, sent.contribution.header.body)
         self._on_way[task] = _Delivery(sent, header, blob, Repeat(5.0, 300.0, self._jitter))
         return True

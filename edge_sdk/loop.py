@@ -71,6 +71,8 @@ LOOK_S = 0.05
 """Between two looks at the network while it trains."""
 SKEW_S = 300.0
 """A clock that is off by more is worth a warning: tickets would look closed, or certificates not yet valid."""
+FRAMES_AT_ONCE = 256
+"""Between two looks at everything else: whoever floods a device must not keep it from training."""
 _MAX_LETTERS = 16
 _MAX_REPLIES = 8
 
@@ -138,9 +140,7 @@ class Loop:
     def turn(self, wait_s: float) -> None:
         """Wait for a frame, at most so long and not past what is due; handle what came; do what is due."""
         self._receive(max(0.0, min(wait_s, self._due_s() - self._now)))
-        for _ in range(256):
-            if not self._receive(0.0):
-                break
+        self._receive_what_came()
         self._tick()
         try:
             self._rounds.train(settled=self._news is None)
@@ -171,11 +171,15 @@ class Loop:
         """Called between batches. Letters are answered here, so that a committee does not wait for our training."""
         if self._now - self._looked_s >= LOOK_S:
             self._looked_s = self._now
-            while self._receive(0.0):
-                pass
+            self._receive_what_came()
             self._tick()
 
     # What comes.
+
+    def _receive_what_came(self) -> None:
+        for _ in range(FRAMES_AT_ONCE):
+            if not self._receive(0.0):
+                return
 
     def _receive(self, wait_s: float) -> bool:
         item = self._p.transport.receive(wait_s)
@@ -397,7 +401,7 @@ class Loop:
     def _take_models(self) -> None:
         for task, reason in self._models.take().items():
             self._reporting.warn_once(f"{task}: {reason}")
-            self._rounds.refuse_entered(task, reason)
+            self._rounds.on_model_refused(task, reason)
 
     # What is due.
 

@@ -109,11 +109,14 @@ class Rounds:
                 contributor.check_abort(entered.training.round, signed)
                 entered.aborted = True
 
-    def refuse_entered(self, task: str, reason: str) -> None:
-        """The task's round, if one was entered, cannot be trained."""
-        entered = self._entered.pop(task, None)
-        if entered is not None:
-            self._refuse(task, entered.training.round.tid, entered.training.round.ticket.round, reason)
+    def on_model_refused(self, task: str, reason: str) -> None:
+        """A model of the task cannot be had. The round that was entered is refused, if it waits for one."""
+        entered = self._entered.get(task)
+        if entered is None or task == self._training:  # what trains holds its own
+            return
+        here = self._models.here.get(task)
+        if here is None or not here.fits(entered.training.round.ticket):
+            self._refuse_entered(task, reason)
 
     def train(self, *, settled: bool) -> None:
         """One round that was entered and whose model is here, if any.
@@ -132,7 +135,7 @@ class Rounds:
             here = self._models.here.get(task)
             if here is None or not here.fits(ticket):
                 if not self._models.wants(task) and settled:
-                    self.refuse_entered(task, "the coordinator does not offer the parameters that the ticket names")
+                    self._refuse_entered(task, "the coordinator does not offer the parameters that the ticket names")
                 continue
             reason = self._conditions() or ""
             if reason:
@@ -202,7 +205,7 @@ class Rounds:
         except LedgerDamaged:
             raise
         except (SordinoError, OSError) as error:
-            self.refuse_entered(task, str(error))
+            self._refuse_entered(task, str(error))
             return
         finally:
             self._training = None
@@ -221,6 +224,10 @@ class Rounds:
         del self._entered[task]
         self._tasks[task].leave(entered.training)
         self._reporting.dropped(entered.training.round.ticket, reason)
+
+    def _refuse_entered(self, task: str, reason: str) -> None:
+        round_ = self._entered.pop(task).training.round
+        self._refuse(task, round_.tid, round_.ticket.round, reason)
 
     def _refuse(self, task: str, tid: bytes, number: int, reason: str) -> None:
         self._refused[task] = self._view(tid)

@@ -124,7 +124,7 @@ def test_every_module_of_a_device_imports_with_a_devices_dependencies_alone(inst
     assert got["others"] == []
 
 
-@pytest.mark.parametrize(("command", "verbs"), [("edge-device", "join,run,once"), ("edge-helper", "join,run")])
+@pytest.mark.parametrize(("command", "verbs"), [("edge-device", "join,run,once"), ("edge-helper", "join,install,run")])
 def test_the_commands_of_a_device_and_of_a_helper_run_where_there_is_no_torch(installed, tmp_path, command, verbs):
     without = run(installed, tmp_path, "-c", "import torch")
     assert "No module named 'torch'" in without.stderr

@@ -86,7 +86,7 @@ def test_what_cannot_be_charged_is_not_offered_until_it_is(waiting):
     waiting.deliveries.retry()
     assert (waiting.deliveries.active, waiting.deliveries.uploads()) == (False, [])
     assert [type(event) for event in waiting.heard] == [events.Warned]
-    assert "cannot be charged" in waiting.heard[0].reason
+    assert "cannot be charged or read" in waiting.heard[0].reason
     (waiting.path / "policy.toml").write_text(policy)
     waiting.deliveries.retry()
     assert waiting.deliveries.uploads() == []  # it waits before it tries again
@@ -164,3 +164,29 @@ def test_it_is_given_up_when_its_ticket_ends_and_not_before(waiting):
     waiting.deliveries.expire()
     assert waiting.heard == [events.Dropped(TASK, 0, "the round ended without a receipt")]
     assert (waiting.freed, list((waiting.path / "outbox").iterdir())) == ([TASK], [])
+
+
+def test_what_cannot_be_read_is_tried_again_and_charged_once(waiting):
+    path = waiting.store.outbox_path(waiting.round.tid)
+    aside = path.rename(path.with_name("aside"))
+    waiting.deliveries.retry()
+    assert (waiting.deliveries.active, [type(event) for event in waiting.heard]) == (False, [events.Warned])
+    aside.rename(path)
+    waiting.wait(10)
+    waiting.deliveries.retry()
+    assert [upload.header for upload in waiting.deliveries.uploads()] == [waiting.contribution.header]
+    assert waiting.charged == {waiting.round.tid: waiting.header}
+
+
+def test_one_that_may_never_be_sent_is_let_go_when_the_disk_takes_it(waiting, monkeypatch):
+    waiting.charged[waiting.round.tid] = bytes(32)  # another contribution to this round: the state was rolled back
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "save_idle", fail)
+        with pytest.raises(OSError, match="the disk failed"):
+            waiting.deliveries.retry()
+        assert isinstance(waiting.own.state, Sent)
+    waiting.wait(10)
+    waiting.deliveries.retry()
+    assert isinstance(waiting.own.state, Idle)
+    assert [type(event) for event in waiting.heard] == [events.Dropped]
+    assert (waiting.deliveries.active, waiting.deliveries.retry_due_s) == (False, float("inf"))

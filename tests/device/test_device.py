@@ -654,6 +654,48 @@ class TestAborts:
 
 
 class TestHostileFrames:
+    @pytest.mark.parametrize("size", [1 << 30, 99])
+    def test_a_newer_model_that_cannot_be_had_does_not_end_the_device_while_it_trains(self, tmp_path, size):
+        world = World(tmp_path)
+        key = world.identities[0].public_key
+        world.ticket()
+
+        def newer():
+            world.parameters, world.model_round = world.parameters + 1, 1
+            world.send(key, world.welcome(key, tasks=[world.state_of(parameters=BlobRef(bytes(32), size))]))
+
+        report = world.device(world.directory(), examples=SlowExamples(world, 1.0, hook=newer)).run_once(60)
+        assert (report.count(events.Contributed), report.count(events.Delivered)) == (1, 1)
+
+    def test_a_flood_while_it_trains_does_not_keep_it_from_training(self, tmp_path):
+        world, flood, ended = World(tmp_path), [], []
+        path = world.directory()
+        identity = world.identities[0]
+        world.ticket()
+
+        class Flooded:
+            """A link on which there is always another frame."""
+
+            def __init__(self):
+                self._link = world.connect(identity)
+                self.send, self.close = self._link.send, self._link.close
+
+            def receive(self, timeout_s):
+                if flood and not ended:
+                    flood.append(1)
+                    assert len(flood) < 10_000, "it reads and reads"
+                    return b"no frame"
+                return self._link.receive(timeout_s)
+
+        def hear(event):
+            if isinstance(event, events.Contributed):
+                ended.append(event)
+
+        slow = SlowExamples(world, 1.0, hook=lambda: flood.append(1))
+        world.device(path, examples=slow, connect=Flooded, on_event=hear).run_once(60)
+        assert len(ended) == 1
+        assert len(flood) > 256
+
     @settings(max_examples=25)
     @given(st.lists(st.binary(max_size=200), max_size=5), st.integers(0, 7), st.binary(max_size=64))
     def test_garbage_changes_nothing(self, tmp_path_factory, junk, kind, tail):

@@ -171,3 +171,27 @@ def test_an_abort_that_comes_between_two_batches_ends_the_training(device):
     assert [type(event) for event in device.heard] == [events.Training, events.Dropped]
     assert (device.outbox, device.rounds.ready, device.rounds.training) == ([], False, False)
     assert device.store.outcomes()[TASK].what == "dropped"
+
+
+def test_a_newer_model_that_is_refused_does_not_end_a_round_that_trains(device):
+    device.enter()
+    device.models.come()
+
+    def look():
+        device.models.here.clear()
+        device.rounds.on_model_refused(TASK, "too large")
+
+    device.look = look
+    device.rounds.train(settled=True)
+    assert [type(event) for event in device.heard] == [events.Training, events.Contributed]
+
+
+def test_a_newer_model_that_is_refused_ends_a_round_only_if_its_own_is_not_here(device):
+    device.rounds.on_model_refused(TASK, "no round was entered")
+    device.enter()
+    device.models.come()
+    device.rounds.on_model_refused(TASK, "too large")
+    assert (device.rounds.ready, device.heard) == (True, [])
+    device.models.here.clear()
+    device.rounds.on_model_refused(TASK, "too large")
+    assert (device.rounds.ready, device.reasons) == (False, ["too large"])
