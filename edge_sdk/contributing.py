@@ -27,9 +27,8 @@ from edge_sdk.privacy.ledger_entry import Release
 from edge_sdk.privacy.mechanism import METRICS, Mechanism, MetricSums, device_metrics, encode
 from edge_sdk.privacy.rdp import BudgetExceeded
 from edge_sdk.protocol import contributor
-from edge_sdk.protocol.authority import FleetEpoch
 from edge_sdk.protocol.contributor import Enrolled, Idle, Sent, Training
-from edge_sdk.protocol.messages import Anchor, Header, Signed, Ticket, message_hash
+from edge_sdk.protocol.messages import Anchor, Header, Ticket, message_hash
 from edge_sdk.protocol.rounds import Round
 from edge_sdk.rules import Rules
 from edge_sdk.store import Store
@@ -162,10 +161,8 @@ class Contributing:
         self._pinned, self._threads = bundle, threads
         self.state: Idle | Sent = store.contributor(task)
 
-    def enter(
-        self, signed: Signed, epoch: FleetEpoch, rules: Rules, manifest: Manifest | None, now_s: float
-    ) -> Training | None:
-        """Take a ticket: every check that needs no download, and then the coin. None if the coin says no.
+    def enter(self, round_: Round, rules: Rules, manifest: Manifest | None, now_s: float) -> Training | None:
+        """Take a round's ticket: every check that needs no download, and then the coin. None if the coin says no.
 
         manifest: of the ticket's bundle, if it is here already.
         Raises PeerError on a ticket that is wrong or that the policy refuses, BudgetExceeded, RoundAborted if it has
@@ -173,7 +170,6 @@ class Contributing:
         """
         if isinstance(self.state, Sent):
             raise PeerError(f"ticket: the contribution to round {self.state.round.ticket.round} is still on its way")
-        round_ = Round(epoch, signed)
         ticket = round_.ticket
         terms = rules.policy.terms(ticket.task, self._pinned or ticket.bundle)
         if manifest is not None:
@@ -186,7 +182,7 @@ class Contributing:
                 kind = "the same round again" if drawn.round == ticket.round else "a round before the last one"
                 raise PeerError(f"ticket: round {ticket.round} is {kind}: the ledger holds another ticket's coin")
         release = Release.of(mechanism_of(round_), sampling_of(round_))
-        operator = epoch.frozen.coordinator
+        operator = round_.epoch.frozen.coordinator
         coin = self._entropy(32)
         if rules.ledger.draw(ticket.task, ticket.round, round_.tid, operator, release, coin, int(now_s)):
             return training

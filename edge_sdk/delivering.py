@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from edge_sdk import events
 from edge_sdk.clock import Clock, Repeat
 from edge_sdk.contributing import CannotSend, Contributing
-from edge_sdk.errors import SordinoError
+from edge_sdk.errors import SordinoError, printable
 from edge_sdk.privacy.ledger_entry import LedgerDamaged
 from edge_sdk.protocol.contributor import Sent
 from edge_sdk.protocol.messages import Header, message_hash
@@ -147,10 +147,11 @@ class Deliveries:
         """The coordinator does not take a contribution: now, or ever if it is final. Raises OSError from the disk."""
         for task, delivery in self._on_way.items():
             if delivery.header == frame.subject:
+                reason = printable(frame.reason)
                 if frame.final:
-                    self._give_up(task, f"the coordinator refused it: {frame.reason}")
+                    self._give_up(task, f"the coordinator refused it: {reason}")
                 else:
-                    self._reporting.warn(f"{task}: the coordinator does not take the contribution now: {frame.reason}")
+                    self._reporting.warn(f"{task}: the coordinator does not take the contribution now: {reason}")
                 return
 
     def close(self) -> None:

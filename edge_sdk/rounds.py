@@ -18,7 +18,8 @@ from edge_sdk.models import Here, Models
 from edge_sdk.privacy.ledger_entry import LedgerDamaged
 from edge_sdk.protocol import contributor
 from edge_sdk.protocol.contributor import Enrolled, Sent
-from edge_sdk.protocol.messages import Signed, Ticket, decode, message_hash
+from edge_sdk.protocol.messages import Signed, Ticket, message_hash
+from edge_sdk.protocol.rounds import Round
 from edge_sdk.reporting import Reporting
 from edge_sdk.rules import RulesFile
 from edge_sdk.store import Store
@@ -160,13 +161,14 @@ class Rounds:
             del self._entered[task]
         number = -1
         try:
-            number = decode(Ticket, signed.body).round
             epoch = self._store.epoch
             if epoch is None or self.enrolled is None:
                 raise PeerError("this device is not in the epoch's roster yet")
+            round_ = Round(epoch, signed)  # nothing in it is looked at before its signature is
+            number = round_.ticket.round
             rules = self._rules.read()
-            manifest = self._models.manifest(task, decode(Ticket, signed.body).bundle)
-            training = own.enter(signed, epoch, rules, manifest, self._clock.time_s())
+            manifest = self._models.manifest(task, round_.ticket.bundle)
+            training = own.enter(round_, rules, manifest, self._clock.time_s())
         except LedgerDamaged:  # nothing mends a ledger while the device runs
             raise
         except (SordinoError, OSError) as error:

@@ -8,7 +8,6 @@ travels as `Signed`; the signature is over the body's bytes under the message's 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from typing import Annotated, Literal, TypeVar
 
@@ -313,6 +312,9 @@ SIGNED: tuple[type[Message], ...] = (
 PLAIN: tuple[type[Message], ...] = (Delivery, Certificate)
 """Messages without an author of their own: what is in them was signed by others and is checked piece by piece."""
 
+_AT = " - at `$["
+"""How msgspec begins the place of an error in a message."""
+
 M = TypeVar("M", bound=Message)
 _encoder = msgspec.msgpack.Encoder()
 _decoders: dict[type[Message], msgspec.msgpack.Decoder[Message]] = {}
@@ -347,8 +349,16 @@ def decode(kind: type[M], data: bytes) -> M:
 
 
 def _named(kind: type[Message], text: str) -> str:
-    """A decoding error with the field's name for its place: "... - at `$[3][0]`" becomes "... - at `round[0]`"."""
-    return re.sub(r"`\$\[(\d+)\]", lambda found: f"`{kind.__struct_fields__[int(found[1])]}", text)
+    """A decoding error with the field's name for its place: "... - at `$[3][0]`" becomes "... - at `round[0]`".
+
+    Only the place at its end: what comes before may repeat what was sent.
+    """
+    said, at, place = text.rpartition(_AT)
+    number, bracket, rest = place.partition("]")
+    fields = kind.__struct_fields__
+    if not (at and bracket and number.isascii() and number.isdigit() and len(number) < 4 and int(number) < len(fields)):
+        return text
+    return f"{said} - at `{fields[int(number)]}{rest}"
 
 
 def message_hash(kind: type[Message], body: bytes) -> bytes:

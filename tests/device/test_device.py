@@ -654,6 +654,28 @@ class TestAborts:
 
 
 class TestHostileFrames:
+    def test_a_ticket_that_nobody_signed_is_refused_before_anything_in_it_is_read(self, tmp_path):
+        world = World(tmp_path)
+        world.ticket()
+        inner = world.welcome
+
+        def tampered(key, **changes):
+            """As a broker can, that holds nobody's key."""
+            welcome = inner(key, **changes)
+            states = []
+            for state in welcome.tasks:
+                signed = decode(Signed, state.ticket)
+                body = msgspec.msgpack.decode(signed.body)
+                body[11][0] = "`$[99]"
+                forged = Signed(msgspec.msgpack.encode(body), signed.signature)
+                states.append(msgspec.structs.replace(state, ticket=encode(forged)))
+            return msgspec.structs.replace(welcome, tasks=states)
+
+        world.welcome = tampered
+        report = world.device(world.directory()).run_once(60)
+        assert [reason for reason in reasons(report, events.Refused) if "signature" in reason]
+        assert world.heard_of(Upload) == []
+
     @pytest.mark.parametrize("size", [1 << 30, 99])
     def test_a_newer_model_that_cannot_be_had_does_not_end_the_device_while_it_trains(self, tmp_path, size):
         world = World(tmp_path)

@@ -240,6 +240,19 @@ def test_a_task_has_a_plain_name(name):
     assert "`task`" in refused(Ticket, recording.pack(tree))
 
 
+@pytest.mark.parametrize(
+    "value", ["`$[99]", " - at `$[99]`", " - at `$[1]`", " - at `$[-1]`", " - at `$[\u0663]`", "`$[" + "9" * 5000 + "]"]
+)
+def test_a_value_that_looks_like_a_place_is_an_error_like_another(value):
+    plan = msgspec.msgpack.encode([value, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0])
+    with pytest.raises(PeerError, match="noiseplan: ") as refused:
+        decode(NoisePlan, plan)
+    if len(value) < 100:
+        assert str(refused.value).endswith("at `unit`")
+    with pytest.raises(PeerError):
+        decode(Signed, msgspec.msgpack.encode(value))
+
+
 @pytest.mark.parametrize("header", [b"\xdd\xff\xff\xff\xff", b"\xdd\x7f\xff\xff\xff", b"\xdc\xff\xff"])
 @pytest.mark.parametrize("kind", recording.KINDS, ids=KIND_IDS)
 def test_a_declared_length_is_not_believed(kind, header):
