@@ -6,6 +6,7 @@ reason; the asker is told only what the holder of its token may know.
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import logging
 import os
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
+from io import BufferedIOBase
 from pathlib import Path
 
 import msgspec
@@ -25,6 +27,7 @@ from cryptography.hazmat.primitives import serialization
 from sqlalchemy.exc import OperationalError
 
 from coordinator.ca import CertificateAuthority, read_csr
+from coordinator.refusals import Refusals
 from coordinator.store import CertificateRow, Store, Transaction
 from edge_sdk.crypto.hashing import frame
 from edge_sdk.crypto.identity import check_signature
@@ -41,16 +44,23 @@ from edge_sdk.enrolment import (
     enrol_statement,
     token_hash,
 )
-from edge_sdk.errors import ParameterError, PeerError
+from edge_sdk.errors import ParameterError, PeerError, printable
 
 log = logging.getLogger("sordino.enrolment")
 
 MAX_BODY_BYTES = 32 << 10
-MAX_CONNECTIONS = 16
-"""Handled at a time; more are closed at once. The files are small, and an operator enrols few devices a second."""
+MAX_HEAD_BYTES = 8 << 10
+"""Of a request line and its headers: the library would take a hundred of 64 KiB each."""
+
+MAX_CONNECTIONS = 64
+"""Handled at a time. The files are small, and an operator enrols few devices a second."""
 
 CONNECTION_S = 15.0
 """A connection that lives longer is cut: whoever sends a byte now and then must not hold a thread."""
+
+BUSINESS_S = 2.0
+"""An honest request takes less. Where every place is taken, the oldest connection that has taken longer makes room, one
+whose handshake is not done before others: whoever holds all places and says nothing keeps nobody out."""
 
 MAX_TAGS = 16
 
@@ -238,6 +248,16 @@ class EnrolmentService:
         self._thread.join()
 
 
+@dataclass
+class _Open:
+    """A connection. since_s: on the monotonic clock.  shaken: whether its TLS handshake is done.  cut: whether it was
+    told to end."""
+
+    since_s: float
+    shaken: bool = False
+    cut: bool = False
+
+
 class _Server(socketserver.TCPServer):
     allow_reuse_address = True
     request_queue_size = 64
@@ -246,20 +266,30 @@ class _Server(socketserver.TCPServer):
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self.decide = decide
         self.ca_pem = ca_pem
+        self.refusals = Refusals(log)
         self._context = context
-        self._open: dict[socket.socket, float] = {}
+        self._open: dict[socket.socket, _Open] = {}
         self._lock = threading.Lock()
         super().__init__((address, port), _Handler)
 
     def process_request(self, request: socket.socket | tuple[bytes, socket.socket], client_address: object) -> None:
         """Hand the connection to a thread, if one is free. Not one byte is read here, so nobody blocks the others."""
         assert isinstance(request, socket.socket)  # noqa: S101 - a TCPServer's are
+        now_s = time.monotonic()
         with self._lock:
-            if len(self._open) >= MAX_CONNECTIONS:
-                log.warning("%s turned away: %d connections are open", _peer(client_address), MAX_CONNECTIONS)
+            here = [(entry, connection) for connection, entry in self._open.items() if not entry.cut]
+            slow = [(entry, connection) for entry, connection in here if now_s - entry.since_s >= BUSINESS_S]
+            if len(here) < MAX_CONNECTIONS:
+                pass
+            elif slow:
+                entry, connection = min(slow, key=lambda one: (one[0].shaken, one[0].since_s))
+                entry.cut = True
+                _cut(connection)
+            else:
+                self.refusals.say("", f"{_peer(client_address)} turned away: {MAX_CONNECTIONS} connections are open")
                 self.shutdown_request(request)
                 return
-            self._open[request] = time.monotonic()
+            self._open[request] = _Open(now_s)
         threading.Thread(target=self._serve, args=(request, client_address), name="enrolling", daemon=True).start()
 
     def _serve(self, raw: socket.socket, client_address: object) -> None:
@@ -268,11 +298,13 @@ class _Server(socketserver.TCPServer):
             raw.settimeout(CONNECTION_S)
             secured = self._context.wrap_socket(raw, server_side=True, do_handshake_on_connect=False)
             with self._lock:
-                self._open[secured] = self._open.pop(raw)  # before the handshake, which may be a slow one
+                # Before the handshake, which may be a slow one.
+                entry = self._open[secured] = self._open.pop(raw)
             secured.do_handshake()
+            entry.shaken = True
             self.finish_request(secured, client_address)
         except (OSError, ValueError) as error:
-            log.info("%s: connection ended: %s", _peer(client_address), error)
+            self.refusals.say("", f"{_peer(client_address)}: connection ended: {printable(str(error))}")
         except Exception:
             log.exception("%s: the request failed", _peer(client_address))
         finally:
@@ -287,19 +319,37 @@ class _Server(socketserver.TCPServer):
 
     def cut(self, older_than_s: float) -> None:
         """End connections that have lived longer than they may."""
-        now = time.monotonic()
+        now_s = time.monotonic()
         with self._lock:
-            late = [connection for connection, since in self._open.items() if now - since >= older_than_s]
+            late = [connection for connection, entry in self._open.items() if now_s - entry.since_s >= older_than_s]
         for connection in late:
-            try:
-                # The plain socket's shutdown: that of an SSL socket would wait for the other side.
-                socket.socket.shutdown(connection, socket.SHUT_RDWR)
-            except OSError:
-                continue  # it ended meanwhile
+            _cut(connection)
+
+
+def _cut(connection: socket.socket) -> None:
+    """End a connection that another thread serves, which then forgets it."""
+    with contextlib.suppress(OSError):  # it ended meanwhile
+        # The plain socket's shutdown: that of an SSL socket would wait for the other side.
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 def _peer(client_address: object) -> str:
     return str(client_address[0]) if isinstance(client_address, tuple) else str(client_address)
+
+
+class _Head:
+    """What a request is read from: the lines before its body are bounded together."""
+
+    def __init__(self, file: BufferedIOBase) -> None:
+        self._left = MAX_HEAD_BYTES
+        self.read, self.close, self._readline = file.read, file.close, file.readline
+
+    def readline(self, limit: int) -> bytes:
+        line = self._readline(min(limit, self._left + 1))
+        self._left -= len(line)
+        if self._left < 0:
+            raise ConnectionError(f"a request with more than {MAX_HEAD_BYTES} bytes before its body")
+        return line
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -307,6 +357,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server_version = "sordino"
     sys_version = ""
     timeout = CONNECTION_S
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = _Head(self.rfile)  # type: ignore[assignment]
 
     def do_GET(self) -> None:
         if self.path == "/ca":
@@ -343,7 +397,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._answer(HTTPStatus.OK, msgspec.json.encode(admission), "application/json")
 
     def _refuse(self, status: HTTPStatus, code: str, reason: str) -> None:
-        log.warning("%s %r from %s refused (%s): %r", self.command, self.path, self.client_address[0], code, reason)
+        text = f"{self.command} {self.path[:128]!r} from {self.client_address[0]} refused ({code}): {reason[:256]!r}"
+        # Whoever shows a token of ours is not lost among those who show nothing.
+        self.server.refusals.say("" if code in ("malformed", "unknown", "stranger") else "who holds a token", text)
         self._answer(status, msgspec.json.encode(Refusal(code)), "application/json")
 
     def _answer(self, status: HTTPStatus, body: bytes, kind: str) -> None:

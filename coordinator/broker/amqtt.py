@@ -21,7 +21,8 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from coordinator.broker import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, MAX_PACKET_BYTES, PATIENCE_S, STEADY_S, Listener
-from coordinator.broker.rules import Refusals, allowed
+from coordinator.broker.rules import allowed
+from coordinator.refusals import Refusals
 from edge_sdk.errors import ParameterError
 
 log = logging.getLogger("sordino.broker")
@@ -30,7 +31,7 @@ START_S = 20.0
 END_S = 10.0
 CONNECT_S = 10.0
 
-_refusals = Refusals()
+_refusals = Refusals(log)
 """amqtt makes its plugins itself: there is no other way to hand them one."""
 
 

@@ -23,8 +23,9 @@ from collections import deque
 from collections.abc import Collection, Iterable
 
 from coordinator.broker import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, MAX_PACKET_BYTES, PATIENCE_S, STEADY_S, Listener
-from coordinator.broker.rules import Refusals, allowed
+from coordinator.broker.rules import allowed
 from coordinator.ca import COORDINATOR
+from coordinator.refusals import Refusals
 from edge_sdk.errors import ParameterError
 from edge_sdk.files import write_whole
 
@@ -141,7 +142,7 @@ class Mosquitto:
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._revoked, self._silenced = frozenset(revoked), frozenset[str]()
-        self._refusals = Refusals()
+        self._refusals = Refusals(log)
         self._closing = threading.Event()
         self._ended = threading.Event()
         self._write_acl()

@@ -1,5 +1,6 @@
 """The same rules on every broker of ours. What must not happen is shown by what happens after it in the same order."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -13,8 +14,8 @@ from parties import DEADLINE_S, Party
 
 from coordinator.broker import Listener, start_broker
 from coordinator.broker.mosquitto import LINES_AT_ONCE, _LogReader, find_mosquitto
-from coordinator.broker.rules import LINES, WINDOW_S, Refusals
 from coordinator.ca import CertificateAuthority
+from coordinator.refusals import LINES, WINDOW_S, Refusals
 from edge_sdk.errors import ParameterError
 from edge_sdk.transport import Connected, Inbound, Lost
 from edge_sdk.transport.wire import MAX_FRAME_BYTES
@@ -305,7 +306,7 @@ def test_one_client_does_not_fill_the_log_with_its_refusals(world, caplog):
 
 def test_refusals_that_were_kept_back_are_counted_and_said_again_after_a_while(caplog):
     now_s = 0.0
-    refusals = Refusals(lambda: now_s)
+    refusals = Refusals(logging.getLogger("sordino.broker"), lambda: now_s)
     for _ in range(LINES + 5):
         refusals.topic("a" * 64, "publish", "x")
     now_s = WINDOW_S
@@ -333,7 +334,7 @@ def test_a_broker_whose_log_nobody_reads_goes_on(world, monkeypatch):
 
 def test_a_client_that_has_thousands_of_lines_written_takes_little_of_our_time():
     denied = b"Denied PUBLISH from " + b"a" * 64 + b" (d0, q1, r0, m1, 'x', ... (6 bytes))"
-    assert len(_LogReader(Refusals()).read([denied] * 10_000)) == LINES_AT_ONCE
+    assert len(_LogReader(Refusals(logging.getLogger("sordino.broker"))).read([denied] * 10_000)) == LINES_AT_ONCE
 
 
 @pytest.mark.parametrize("line", [
@@ -341,7 +342,7 @@ def test_a_client_that_has_thousands_of_lines_written_takes_little_of_our_time()
     b"Will message specified (6 bytes) (r0, q1).", b"\tno will", b"a" * 64 + b" 1 ", b"",
 ])  # fmt: skip
 def test_a_line_that_is_not_as_expected_accuses_nobody(line, caplog):
-    reader = _LogReader(Refusals())
+    reader = _LogReader(Refusals(logging.getLogger("sordino.broker")))
     reader.read([line])
     reader.read([b"Sending CONNACK to x (0, 0)", b"\t" + b"fl/v1/up/b (QoS 1)"])
     reader.read([b"a" * 64 + b" 1 fl/v1/dn/" + b"a" * 64])
@@ -362,7 +363,7 @@ def test_a_connection_that_ends_in_its_handshake_is_no_refusal_and_one_that_brea
     ended = b"OpenSSL Error[0]: error:0A000126:SSL routines::unexpected eof while reading"
     refused = b"OpenSSL Error[0]: error:0A0000C7:SSL routines::peer did not return a certificate"
     unknown = b"Client <unknown> disconnected: Protocol error."
-    reader = _LogReader(Refusals())
+    reader = _LogReader(Refusals(logging.getLogger("sordino.broker")))
     reader.read([ended, unknown])
     assert caplog.messages == []
     reader.read([unknown])  # with a certificate, and no MQTT

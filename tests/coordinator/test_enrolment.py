@@ -1,4 +1,5 @@
 import base64
+import contextlib
 import http.client
 import json
 import logging
@@ -21,6 +22,7 @@ from sqlalchemy.exc import OperationalError
 from coordinator import enrolment as service_module
 from coordinator.ca import CertificateAuthority
 from coordinator.enrolment import Desk, EnrolmentService, Pins
+from coordinator.refusals import STRANGERS_LINES
 from coordinator.store import Store
 from edge_sdk import enrolment
 from edge_sdk.crypto.identity import Identity
@@ -516,6 +518,70 @@ def test_silent_connections_are_cut_and_do_not_keep_others_out(fleet, tmp_path, 
     finally:
         for connection in silent:
             connection.close()
+
+
+@pytest.mark.parametrize("shaken", [False, True])
+def test_a_stranger_who_holds_every_place_keeps_nobody_out(fleet, monkeypatch, shaken):
+    monkeypatch.setattr(service_module, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(service_module, "BUSINESS_S", 0.2)
+    context = ssl.create_default_context(cafile=fleet.directory / "ca.pem")
+    held = [socket.create_connection(("127.0.0.1", fleet.service.port)) for _ in range(8)]
+    if shaken:
+        held = [context.wrap_socket(connection, server_hostname="127.0.0.1") for connection in held]
+    deadline = time.monotonic() + 10
+    try:
+        while True:
+            with contextlib.suppress(OSError):  # those that are there have a little time for their business
+                assert https(fleet, "GET", "/ca")[0] == 200
+                break
+            assert time.monotonic() < deadline
+        assert sum(is_open(connection) for connection in held) == 7
+        for _ in range(3):  # who asks and goes takes nobody's place
+            assert https(fleet, "GET", "/ca")[0] == 200
+        assert sum(is_open(connection) for connection in held) == 7
+    finally:
+        for connection in held:
+            connection.close()
+
+
+def is_open(connection):
+    connection.settimeout(0.05)
+    try:
+        return connection.recv(1) != b""
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+
+
+def test_a_request_of_endless_headers_is_cut_off(fleet, caplog):
+    context = ssl.create_default_context(cafile=fleet.directory / "ca.pem")
+    for head in (
+        b"GET /" + b"a" * 60_000,
+        b"GET /ca HTTP/1.0\r\n" + (b"h: " + b"a" * 200 + b"\r\n") * 90,
+        b"G" * 9_000,
+    ):
+        raw = socket.create_connection(("127.0.0.1", fleet.service.port))
+        with context.wrap_socket(raw, server_hostname="127.0.0.1") as connection:
+            connection.settimeout(10)
+            with contextlib.suppress(OSError):
+                connection.sendall(head)
+                assert connection.recv(100) == b""
+    assert sum("bytes before its body" in line for line in caplog.messages) == 3
+
+
+def test_a_stranger_does_not_fill_the_log_and_hides_nobody_who_shows_a_token(fleet, tmp_path, caplog):
+    token = fleet.invite()
+    join(tmp_path / "device", token)
+    for _ in range(STRANGERS_LINES + 20):
+        assert https(fleet, "GET", "/" + "%80" * 2000)[0] == 404
+    with pytest.raises(Refused):
+        join(tmp_path / "copy", token)
+    lines = [line for line in caplog.messages if "refus" in line]
+    assert len(lines) == STRANGERS_LINES + 2
+    assert "further refusals are only counted" in lines[-2]
+    assert "refused (spent)" in lines[-1]
+    assert max(map(len, caplog.messages)) < 600
 
 
 def test_requests_from_many_at_once_all_get_their_own_certificate(fleet, tmp_path):
