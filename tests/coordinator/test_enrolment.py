@@ -472,11 +472,10 @@ def test_odd_tags_are_refused(fleet, tags):
 def https(fleet, method, path, body=None, headers=None):
     context = ssl.create_default_context(cafile=fleet.directory / "ca.pem")
     connection = http.client.HTTPSConnection("127.0.0.1", fleet.service.port, timeout=5, context=context)
-    connection.request(method, path, body, headers or {})
-    response = connection.getresponse()
-    answer = response.status, response.read()
-    connection.close()
-    return answer
+    with contextlib.closing(connection):
+        connection.request(method, path, body, headers or {})
+        with connection.getresponse() as response:
+            return response.status, response.read()
 
 
 @pytest.mark.parametrize(
