@@ -56,7 +56,7 @@ class AuthorityTable(_Table, frozen=True):
 class Limits(_Table, frozen=True):
     """Sizes and lifetimes."""
 
-    upload_memory_mb: Annotated[int, Meta(ge=1, le=65536)] = 64
+    upload_memory_mb: Annotated[int, Meta(ge=1, le=65536)] = 32
     certificate_days: Annotated[int, Meta(ge=1, le=3650)] = 365
     token_hours: Annotated[float, Meta(gt=0.0, le=8784.0)] = 72.0
 
@@ -191,8 +191,8 @@ group_counts = [1]
 epoch_days = 30.0
 
 [limits]
-# For uploads on their way; more wait.
-upload_memory_mb = 64
+# For uploads on their way; more wait. The broker may hold as much, and 16 MB, for the coordinator.
+upload_memory_mb = 32
 # Devices renew by themselves after two thirds.
 certificate_days = 365
 # An invitation's life, if `invite` does not say.

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.authority import SEED_BYTES, LocalAuthority, RemoteAuthority, read_identity
-from coordinator.broker import Broker, Listener, start_broker
+from coordinator.broker import SLACK_BYTES, Broker, Listener, start_broker
 from coordinator.ca import CertificateAuthority
 from coordinator.config import NAME, AuthorityTable, BrokerTable, Config, Listen, template
 from coordinator.enrolment import Desk, EnrolmentService, Pins
@@ -193,7 +193,10 @@ class Service:
             self._look_s = 0.0
             self._revoked: frozenset[str] = frozenset()
             self._read_revoked()
-            listener = Listener(path, config.listen.address, config.listen.broker_port)
+            upload_memory = config.limits.upload_memory_mb << 20
+            listener = Listener(
+                path, config.listen.address, config.listen.broker_port, queue_bytes=upload_memory + SLACK_BYTES
+            )
             self.broker: Broker = start_broker(config.broker.kind, listener, config.broker.url, self._revoked)
             stack.callback(self.broker.close)
             own = Credentials(path / "ca.pem", path / "client.pem", path / "client.key")
@@ -213,7 +216,7 @@ class Service:
                 authority,
                 clock=time.time,
                 entropy=os.urandom,
-                upload_memory=config.limits.upload_memory_mb << 20,
+                upload_memory=upload_memory,
                 on_event=on_event,
                 keep_out=self.broker.silence,
             )

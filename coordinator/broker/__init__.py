@@ -22,6 +22,12 @@ Kind = Literal["auto", "mosquitto", "amqtt", "external"]
 MAX_PACKET_BYTES = MAX_FRAME_BYTES + 1024
 """An MQTT packet: a frame, its topic and a few bytes of header."""
 
+SLACK_BYTES = 16 << 20
+"""What may wait for the coordinator besides the uploads that it asked for."""
+
+DEVICE_BYTES = 16 << 20
+"""What may wait for one device. An honest one asks for 4 MB at a time; one that asks and does not read is cut off."""
+
 PATIENCE_S = 3.0
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
@@ -31,11 +37,15 @@ STEADY_S = 60.0
 
 @dataclass(frozen=True)
 class Listener:
-    """Where the broker listens, and the directory with ca.pem, server.pem, server.key and crl.pem."""
+    """Where the broker listens, and the directory with ca.pem, server.pem, server.key and crl.pem.
+
+    queue_bytes: that may wait for the coordinator: all that it may ask for at a time, and SLACK_BYTES.
+    """
 
     directory: Path
     address: str
     port: int
+    queue_bytes: int = (32 << 20) + SLACK_BYTES
 
     @property
     def local_url(self) -> str:

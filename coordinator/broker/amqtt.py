@@ -7,7 +7,9 @@ import logging
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import amqtt.broker
@@ -20,8 +22,17 @@ from amqtt.session import Session
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from coordinator.broker import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, MAX_PACKET_BYTES, PATIENCE_S, STEADY_S, Listener
+from coordinator.broker import (
+    DEVICE_BYTES,
+    FIRST_BACKOFF_S,
+    LONGEST_BACKOFF_S,
+    MAX_PACKET_BYTES,
+    PATIENCE_S,
+    STEADY_S,
+    Listener,
+)
 from coordinator.broker.rules import allowed
+from coordinator.ca import COORDINATOR
 from coordinator.refusals import Refusals
 from edge_sdk.errors import ParameterError
 
@@ -30,6 +41,21 @@ log = logging.getLogger("sordino.broker")
 START_S = 20.0
 END_S = 10.0
 CONNECT_S = 10.0
+HANDSHAKE_S = 5.0
+MAX_HANDSHAKES = 256
+"""At a time; further ones are ended at once. A stranger's connections must not use up this process's descriptors."""
+
+UNREAD_PACKETS = 64
+"""Of one client, read and not yet passed on: then its socket is not read, so that TCP holds it back."""
+
+UNPASSED_MESSAGES = 256
+"""Of all clients: then no device's next one is passed on."""
+
+MESSAGE_BYTES = 4 << 10
+"""What a message takes besides its data, about: packets, and a task that waits for the acknowledgement."""
+
+LOOK_S = 0.05
+"""Between two looks whether there is room."""
 
 _refusals = Refusals(log)
 """amqtt makes its plugins itself: there is no other way to hand them one."""
@@ -53,13 +79,22 @@ class TopicRules(BaseAuthPlugin, BaseTopicPlugin):  # type: ignore[misc]  # amqt
 
 
 class _BoundedReader(StreamReaderAdapter):  # type: ignore[misc]
-    """A packet announces its length, up to 256 MB, and is then read whole: more than a frame ends the connection."""
+    """A packet announces its length, up to 256 MB, and is then read whole: more than a frame ends the connection. And
+    amqtt reads on whatever becomes of what it read: here it waits."""
+
+    session: Session | None = None
 
     async def read(self, n: int = -1) -> bytes:
         if n > MAX_PACKET_BYTES:
             raise ConnectionError(f"a packet of {n} bytes is over the limit of {MAX_PACKET_BYTES}")
+        while self.session is not None and self.session.delivered_message_queue.qsize() >= UNREAD_PACKETS:
+            await asyncio.sleep(LOOK_S)
         data: bytes = await super().read(n)
         return data
+
+
+_shaking: weakref.WeakSet[_Handshake] = weakref.WeakSet()
+"""Handshakes that are under way."""
 
 
 class _Handshake(ssl.SSLObject):
@@ -67,21 +102,29 @@ class _Handshake(ssl.SSLObject):
 
     def do_handshake(self) -> None:
         try:
+            if self not in _shaking and len(_shaking) >= MAX_HANDSHAKES:
+                raise ssl.SSLError(1, f"{MAX_HANDSHAKES} others are under way")
+            _shaking.add(self)
             super().do_handshake()
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):  # it goes on
             raise
         except ssl.SSLError as error:
+            _shaking.discard(self)
             _refusals.say("", f"a client was refused in its TLS handshake: {error}")
             raise
+        _shaking.discard(self)
 
 
 class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
-    """amqtt's broker where it trusts what a CONNECT says: here the certificate decides, before anything is done."""
+    """amqtt's broker where it trusts what a CONNECT says: here the certificate decides, before anything is done. And
+    where it keeps whatever waits for somebody: here that has bounds, for each client and for all together."""
 
-    def __init__(self, config: dict[str, Any], revoked: Collection[str]) -> None:
+    def __init__(self, config: dict[str, Any], revoked: Collection[str], queue_bytes: int) -> None:
         super().__init__(config)
         self.revoked = frozenset(revoked)
         self.silenced: frozenset[str] = frozenset()
+        self._queue_bytes = queue_bytes
+        self._cutting: dict[str, asyncio.Task[None]] = {}
 
     @staticmethod
     def _create_ssl_context(listener: ListenerConfig) -> ssl.SSLContext:
@@ -92,6 +135,14 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
         context.verify_mode = ssl.CERT_REQUIRED
         context.sslobject_class = _Handshake
         return context
+
+    async def _create_server_instance(
+        self, listener_name: str, listener_type: Any, address: str | None, port: int, ssl_context: Any
+    ) -> asyncio.Server:
+        return await asyncio.start_server(
+            partial(self.stream_connected, listener_name=listener_name), address, port, reuse_address=True,
+            ssl=ssl_context, ssl_handshake_timeout=HANDSHAKE_S,
+        )  # fmt: skip
 
     async def stream_connected(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, listener_name: str
@@ -121,7 +172,38 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
         session.clean_session = True
         session.parent = 0
         await self.cut(session.client_id)
+        if isinstance(reader, _BoundedReader):
+            reader.session = session
         return handler, session
+
+    async def _handle_message_delivery(self, client_session: Session, *arguments: Any) -> bool:
+        """A client's next message. Where the coordinator does not keep up, devices wait."""
+        while client_session.client_id != COORDINATOR and self._is_behind():
+            await asyncio.sleep(LOOK_S)
+        done: bool = await super()._handle_message_delivery(client_session, *arguments)
+        return done
+
+    def _is_behind(self) -> bool:
+        if self._broadcast_queue.qsize() >= UNPASSED_MESSAGES:
+            return True
+        coordinator, _ = self._sessions.get(COORDINATOR, (None, None))
+        return coordinator is not None and _waiting_bytes(coordinator) >= self._queue_bytes
+
+    async def _topic_filtering(self, session: Session, topic: str, action: Action) -> bool:
+        name = session.client_id
+        if action is Action.RECEIVE and name not in (None, COORDINATOR) and _waiting_bytes(session) >= DEVICE_BYTES:
+            if name not in self._cutting:
+                _refusals.say(name, f"{name[:16]} is cut off: it does not read what it asks for")
+                self._cutting[name] = asyncio.ensure_future(self._cut_off(name))
+            return False
+        allowed: bool = await super()._topic_filtering(session, topic, action)
+        return allowed
+
+    async def _cut_off(self, name: str) -> None:
+        try:
+            await self.cut(name)
+        finally:
+            del self._cutting[name]
 
     def _refusal(self, name: str | None, session: Session) -> str | None:
         if name is None:
@@ -147,6 +229,14 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
 
     async def retain_message(self, *_: Any) -> None:
         """Nothing is retained."""
+
+
+def _waiting_bytes(session: Session) -> int:
+    """What was passed on to the client, and not acknowledged by it."""
+    waiting = session.inflight_out
+    if len(waiting) < 64:  # not worth a sum: less than DEVICE_BYTES, whatever they are
+        return len(waiting)
+    return sum(len(message.data) + MESSAGE_BYTES for message in waiting.values())
 
 
 def _peer_name(connection: ssl.SSLObject) -> str | None:
@@ -242,7 +332,7 @@ class Amqtt:
         }
         leave = asyncio.Event()
         with self._lock:
-            broker = _Broker(config, self._revoked)
+            broker = _Broker(config, self._revoked, self._listener.queue_bytes)
         await broker.start()
         with self._lock:
             broker.revoked, broker.silenced = self._revoked, self._silenced

@@ -87,10 +87,12 @@ persistent_client_expiration 1h
 queue_qos0_messages false
 sys_interval 0
 
-# The defaults drop what exceeds 1,000 messages, of any size. Here bytes are what counts, a client.
+# The defaults drop what exceeds 1,000 messages, of any size. Here bytes are what counts, a client. There is one limit
+# for all: the coordinator needs it, and a device that asks and does not read takes as much.
 max_inflight_messages 1000
+max_inflight_bytes 4194304
 max_queued_messages 100000
-max_queued_bytes 67108864
+max_queued_bytes {queue}
 max_packet_size {packet}
 set_tcp_nodelay true
 
@@ -195,6 +197,7 @@ class Mosquitto:
             address=self._listener.address,
             port=self._listener.port,
             packet=MAX_PACKET_BYTES,
+            queue=self._listener.queue_bytes,
             # Started by root, mosquitto changes to a user who cannot read the directory.
             user="user root" if os.geteuid() == 0 else "",
         )

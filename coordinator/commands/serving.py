@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -79,6 +81,20 @@ def init(options: argparse.Namespace) -> int:
     return 0
 
 
+DESCRIPTORS = 65_536
+"""As the unit of systemd has it. Each connection to amqtt is one of this process's."""
+
+
+def _allow_descriptors() -> None:
+    """As many descriptors as are wanted, or as the system allows. The usual soft limit, 1,024, is there for programs
+    that use `select`, and a stranger's connections reach it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def serve(options: argparse.Namespace) -> int:
     """Broker, enrolment and rounds, until SIGTERM or SIGINT."""
     from coordinator.config import NAME
@@ -90,6 +106,7 @@ def serve(options: argparse.Namespace) -> int:
         logging.getLogger("sordino").warning(
             "%s is there already and counts; not looked at: %s", options.dir / NAME, ", ".join(sorted(given))
         )
+    _allow_descriptors()
     stopping = False
 
     def stop(_: int, __: FrameType | None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import resource
 import subprocess
 import sys
 from argparse import Namespace
@@ -65,3 +66,18 @@ def test_a_result_is_one_line(capsys, as_json, line):
     print_result(Namespace(json=as_json), {"task": "digits", "state": "paused"})
     said = capsys.readouterr()
     assert (said.out, said.err) == (line + "\n", "")
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "after"),
+    [
+        (1024, 1 << 20, 65_536), (1024, 4096, 4096), (1 << 17, 1 << 20, 1 << 17), (4096, 4096, 4096),
+        (1024, resource.RLIM_INFINITY, 65_536), (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None),
+    ],
+)  # fmt: skip
+def test_the_process_that_serves_may_open_many_files(monkeypatch, soft, hard, after):
+    limits = {"now": (soft, hard)}
+    monkeypatch.setattr(resource, "getrlimit", lambda what: limits["now"])
+    monkeypatch.setattr(resource, "setrlimit", lambda what, values: limits.update(now=values))
+    serving._allow_descriptors()
+    assert limits["now"] == (after if after is not None else soft, hard)
