@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -11,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from coordinator.broker import Kind
+from coordinator.toml_file import place, tables
 from edge_sdk.enrolment import HexKey, Url
 from edge_sdk.errors import ParameterError
 from edge_sdk.protocol.messages import MAX_GROUPS, MAX_MEMBERS, MAX_ROSTER, CommitteeKind
@@ -76,7 +76,7 @@ class Config(_Table, frozen=True):
         """Raises ParameterError with the file, the line, the key and what would do."""
         config = decode_toml(text, cls, source)
         if (config.broker.kind == "external") != (config.broker.url is not None):
-            raise ParameterError(f'{_where(source, text, "broker.url")}: given exactly when kind is "external"')
+            raise ParameterError(f'{source}, {place(text, ("broker", "url"))}: given exactly when kind is "external"')
         check_authority(config.authority, text, source)
         return config
 
@@ -115,19 +115,15 @@ def _bracketed(host: str) -> str:
 def check_authority(table: AuthorityTable, text: str, source: str) -> None:
     """Raises ParameterError if the authority's settings do not fit together."""
     if (table.committee == "drawn") != (table.committee_size is not None):
-        raise ParameterError(
-            f'{_where(source, text, "authority.committee_size")}: given exactly when committee is "drawn"; 30 is usual'
-        )
+        where = place(text, ("authority", "committee_size"))
+        raise ParameterError(f'{source}, {where}: given exactly when committee is "drawn"; 30 is usual')
 
 
 def decode_toml(text: str, kind: type[S], source: str) -> S:
     """A file's tables as a struct. Raises ParameterError with the line and the key."""
+    given = tables(text, source)
     try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ParameterError(f"{source}: not TOML: {error}") from error
-    try:
-        return msgspec.convert(tables, kind)
+        return msgspec.convert(given, kind)
     except msgspec.ValidationError as error:
         what, _, path = str(error).partition(" - at `$")
         keys = re.findall(r"[A-Za-z0-9_-]+", re.sub(r"\[[^\]]*\]", "", path))  # without places in lists
@@ -136,22 +132,7 @@ def decode_toml(text: str, kind: type[S], source: str) -> S:
         if named is not None:
             keys.append(named[2])
             what = "there is no such key: remove it" if "unknown" in named[1] else "missing: add it"
-        raise ParameterError(f"{_where(source, text, '.'.join(keys))}: {what[:1].lower()}{what[1:]}") from error
-
-
-def _where(source: str, text: str, path: str) -> str:
-    """ "FILE, line 12: [listen] names": the line of the key, or of its table if the key is not there."""
-    *tables, key = path.split(".")
-    inside, best = "", 0
-    for number, line in enumerate(text.splitlines(), start=1):
-        if header := re.match(r"\s*\[([^\[\]]+)\]", line):
-            inside = header[1].strip()
-            best = number if inside in (".".join(tables), path) else best
-        elif inside == ".".join(tables) and re.match(rf"\s*{re.escape(key)}\s*=", line):
-            best = number
-            break
-    name = f"[{'.'.join(tables)}] {key}" if tables else key
-    return f"{source}, line {best}: {name}" if best else f"{source}: {name}"
+        raise ParameterError(f"{source}, {place(text, tuple(keys))}: {what[:1].lower()}{what[1:]}") from error
 
 
 TEMPLATE = """\

@@ -249,7 +249,7 @@ def make_plan(work: Work, cohort: Cohort, target: Target | FixedNoise) -> Plan:
 
     Raises ParameterError that says which requirement fails, and what would meet it.
     """
-    _check_cohort(cohort, work.low_spreads)
+    check_cohort(work, cohort)
     bits = 32 - delta_bits(cohort.n_max)
     multiplier = target.multiplier if isinstance(target, FixedNoise) else _search(work, cohort, target, bits)
     mechanism = _finest(work, cohort, multiplier, bits)
@@ -307,8 +307,9 @@ def _search(work: Work, cohort: Cohort, target: Target, bits: int) -> float:
     return multiplier
 
 
-def _check_cohort(cohort: Cohort, spreads: int) -> None:
-    least = cohort.honest + cohort.corrupt
+def check_cohort(work: Work, cohort: Cohort) -> None:
+    """Return if groups of this cohort hardly ever are too small to be opened, else raise ParameterError."""
+    spreads, least = work.low_spreads, cohort.honest + cohort.corrupt
     smallest = cohort.smallest_group(spreads)
     if smallest < least:
         fewer = (replace(cohort, groups=groups) for groups in range(cohort.groups - 1, 0, -1))

@@ -72,7 +72,7 @@ class Quotas:
     def charge(self, device: str, now_s: float) -> None:
         """One that was looked at was a costly one."""
         account = self._account(device, now_s)
-        account.left = max(0.0, account.left - COSTLY)
+        account.left = max(-self._stock, account.left - COSTLY)  # below nothing: it is paid off before the next one
 
     def kept_out(self, now_s: float) -> frozenset[str]:
         """Who floods, and is to be kept out now."""

@@ -67,8 +67,8 @@ from __future__ import annotations
 import logging
 import math
 import re
-import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -78,6 +78,7 @@ from msgspec import Meta
 from coordinator.adaptive import AdaptiveClip
 from coordinator.optimizer import Optimizer, pack_memory
 from coordinator.store import ModelRow, Store, StoreError, TaskRow
+from coordinator.toml_file import KeyPath, place, tables
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import ParameterError, PeerError
 from edge_sdk.privacy.mechanism import METRICS, Mechanism
@@ -122,9 +123,9 @@ class AdaptiveTable(_Table, frozen=True):
 class PrivacyTable(_Table, frozen=True):
     """See the module's docstring."""
 
-    clip: Above0
+    clip: Annotated[float, Meta(gt=0.0, le=1e9)]
     delta: Annotated[float, Meta(gt=0.0, lt=1.0)]
-    noise_multiplier: Above0 | None = None
+    noise_multiplier: Annotated[float, Meta(gt=0.0, le=10_000.0)] | None = None
     target: TargetTable | None = None
     metric_scale: AtLeast0 = 0.0
     loss_bound: Above0 = 1.0
@@ -141,7 +142,7 @@ class CohortTable(_Table, frozen=True):
     honest: Annotated[int, Meta(ge=2, le=MAX_CONTRIBUTORS)]
     groups: Annotated[int, Meta(ge=1, le=MAX_GROUPS)] = 1
     n_max: Annotated[int, Meta(ge=2, le=MAX_CONTRIBUTORS)] | None = None
-    examples: AtLeast0 = 0.0
+    examples: Annotated[float, Meta(ge=0.0, lt=2.0**32)] = 0.0
     mean_weight: Rate = 1.0
 
 
@@ -186,17 +187,14 @@ class Task(_Table, frozen=True):
 
         Raises ParameterError "<source>, line <n>: [<table>] <key>: <what is wrong>; <remedy>".
         """
-        try:
-            tables = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ParameterError(f"{source}: not TOML: {error}") from error
+        given = tables(text, source)
         try:
             # not strict: 1 is a number where 1.0 is meant
-            task = msgspec.convert(tables, cls)
+            task = msgspec.convert(given, cls)
         except msgspec.ValidationError as error:
             raise ParameterError(_explained(source, text, str(error))) from error
         for path, fault in _faults(task):
-            raise ParameterError(f"{source}, {_place(text, path)}: {fault}")
+            raise ParameterError(f"{source}, {place(text, path)}: {fault}")
         return task
 
     @property
@@ -217,18 +215,16 @@ class Task(_Table, frozen=True):
         return Work(w.learning_rate, w.epochs, w.steps, w.proximal, w.weight_cap)
 
 
-Place = tuple[str, ...]
-
-
-def _faults(task: Task) -> list[tuple[Place, str]]:
+def _faults(task: Task) -> list[tuple[KeyPath, str]]:
     """What the fields' types cannot say: (where, what and what would do)."""
-    found: list[tuple[Place, str]] = []
+    found: list[tuple[KeyPath, str]] = []
     privacy, cohort, work, schedule = task.privacy, task.cohort, task.work, task.schedule
 
     def fault(wrong: bool, path: str, text: str) -> None:
         if wrong:
             found.append((tuple(path.split(".")), text))
 
+    fault(privacy.clip < 1e-9, "privacy.clip", f"{privacy.clip:g} is nothing to float32; raise it to 1e-9 or more")
     both = privacy.noise_multiplier is not None and privacy.target is not None
     neither = privacy.noise_multiplier is None and privacy.target is None
     fault(both, "privacy.noise_multiplier", "there is a target too; leave one of the two out")
@@ -267,34 +263,13 @@ def _explained(source: str, text: str, error: str) -> str:
     """msgspec's message with the place in the file instead of its own."""
     what, _, where = error.partition(" - at `$")
     path = tuple(re.findall(r"[A-Za-z0-9_-]+", where))
-    unknown = re.fullmatch(r"Object contains unknown field `(.+)`", what)
+    unknown = re.fullmatch(r"Object contains unknown field `(.+)`", what, re.DOTALL)
     if unknown:
-        return f"{source}, {_place(text, (*path, unknown[1]))}: there is no such key; remove it"
+        return f"{source}, {place(text, (*path, unknown[1]))}: there is no such key; remove it"
     missing = re.fullmatch(r"Object missing required field `(.+)`", what)
     if missing:
-        return f"{source}, {_place(text, (*path, missing[1]))}: missing; add it"
-    return f"{source}, {_place(text, path)}: {what[:1].lower()}{what[1:]}"
-
-
-def _place(text: str, path: Place) -> str:
-    """ "line 12: [privacy] clip" for ("privacy", "clip"); the table's line if the key is not in it."""
-    *tables, key = path or ("",)
-    name = f"[{'.'.join(tables)}] {key}" if tables else key
-    inside, line_of_table = "", 0
-    for number, line in enumerate(text.splitlines(), start=1):
-        stripped = line.strip()
-        header = re.match(r"\[\s*([^\[\]]+?)\s*\]", stripped)
-        if header:
-            inside = re.sub(r"\s*\.\s*", ".", header[1])
-            if inside == ".".join(tables):
-                line_of_table = number
-            if inside == ".".join(path):
-                return f"line {number}: [{inside}]"
-        elif inside == ".".join(tables) and re.match(rf"[\"']?{re.escape(key)}[\"']?\s*[=.]", stripped):
-            return f"line {number}: {name}"
-        elif tables and inside == ".".join(tables[:-1]) and re.match(rf"{re.escape(tables[-1])}\s*[=.]", stripped):
-            line_of_table = number  # an inline table
-    return f"line {line_of_table}: {name}" if line_of_table else name
+        return f"{source}, {place(text, (*path, missing[1]))}: missing; add it"
+    return f"{source}, {place(text, path)}: {what[:1].lower()}{what[1:]}"
 
 
 class Planned(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -366,33 +341,53 @@ def _at(table: Sequence[tuple[int, float]], rounds: int) -> float | None:
     return next((epsilon for most, epsilon in table if most >= rounds), None)
 
 
+class PlanFault(ParameterError):
+    """The task cannot be planned. path: the key that asks for too much."""
+
+    def __init__(self, path: KeyPath, text: str) -> None:
+        super().__init__(text)
+        self.path = path
+
+
+@contextmanager
+def _about(*path: str) -> Iterator[None]:
+    try:
+        yield
+    except ParameterError as error:
+        raise PlanFault(path, str(error)) from error
+
+
 def plan(task: Task, bundle: Bundle, roster: int, corrupt_devices: int) -> Planned:
     """Work out a task's noise, integers and figures. Loads dp-accounting (75 MB): not for the process that serves.
 
     roster: devices enrolled, or to be enrolled.  corrupt_devices: F, as the fleet's epochs have it.
-    Raises ParameterError that says which requirement fails and what would meet it.
+    Raises PlanFault that says which requirement fails, what would meet it, and where the task asks for it.
     """
     from coordinator import accounting, planner  # 75 MB, so only here
 
-    privacy, table = task.privacy, task.cohort
-    if bundle.manifest.unit != task.unit:
-        raise ParameterError(f"unit is {task.unit!r}, the bundle was built for {bundle.manifest.unit!r}: build another")
+    privacy, table, built_for = task.privacy, task.cohort, bundle.manifest.unit
+    if built_for != task.unit:
+        raise PlanFault(("unit",), f"{task.unit!r}, and the bundle was built for {built_for!r}: build another")
     if task.work.proximal and not bundle.manifest.options.proximal:
-        raise ParameterError("work.proximal is above 0, and the bundle was built without FedProx's term")
+        raise PlanFault(("work", "proximal"), "above 0, and the bundle was built without FedProx's term: build another")
     n_max = _most_contributors(task)
-    cohort = planner.Cohort(
-        expected=table.expected,
-        spread=table.spread,
-        roster=max(2, min(n_max, roster)),
-        honest=table.honest,
-        corrupt=max(1, corrupt_in_group(roster, corrupt_devices, table.groups)),
-        groups=table.groups,
-    )
-    work = planner.Work(
-        unit=task.unit, dimension=bundle.dimension, clip=privacy.clip, rounds=task.rounds,
-        sampling=Sampling(privacy.device_rate, privacy.example_rate), metric_scale=privacy.metric_scale,
-        loss_bound=privacy.loss_bound, examples=table.examples,
-    )  # fmt: skip
+    with _about("cohort", "expected"):
+        cohort = planner.Cohort(
+            expected=table.expected,
+            spread=table.spread,
+            roster=max(2, min(n_max, roster)),
+            honest=table.honest,
+            corrupt=max(1, corrupt_in_group(roster, corrupt_devices, table.groups)),
+            groups=table.groups,
+        )
+    with _about("cohort", "examples"):
+        work = planner.Work(
+            unit=task.unit, dimension=bundle.dimension, clip=privacy.clip, rounds=task.rounds,
+            sampling=Sampling(privacy.device_rate, privacy.example_rate), metric_scale=privacy.metric_scale,
+            loss_bound=privacy.loss_bound, examples=table.examples,
+        )  # fmt: skip
+    with _about("cohort", "honest"):
+        planner.check_cohort(work, cohort)
     if privacy.noise_multiplier is not None:
         target: planner.Target | planner.FixedNoise = planner.FixedNoise(privacy.noise_multiplier, privacy.delta)
     else:
@@ -402,7 +397,8 @@ def plan(task: Task, bundle: Bundle, roster: int, corrupt_devices: int) -> Plann
             for epsilon in (wanted.readers, wanted.coordinator)
         )
         target = planner.Target(readers, coordinator, wanted.method)
-    made = planner.make_plan(work, cohort, target)
+    with _about("privacy", "noise_multiplier" if privacy.target is None else "target"):
+        made = planner.make_plan(work, cohort, target)
     points = sorted({math.ceil(task.rounds * k / FIGURE_POINTS) for k in range(1, FIGURE_POINTS + 1)})
     figures = [accounting.planned(made.mechanism, work.sampling, k, k, privacy.delta) for k in points]
     return Planned(
@@ -449,19 +445,22 @@ def add_task(
     task = Task.from_toml(text, path.name)
     try:
         content = (path.parent / task.bundle).read_bytes()
-    except OSError as error:
-        where = _place(text, ("bundle",))
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        where = place(text, ("bundle",))
         raise ParameterError(f"{path.name}, {where}: {error}; the path is relative to the task file") from error
     try:
         bundle, publisher = _read_bundle(content, task, publishers)
     except PeerError as error:
         fault = str(error).removeprefix("bundle: ")  # the place says so
-        raise PeerError(f"{path.name}, {_place(text, ('bundle',))}: {fault}") from error
+        raise PeerError(f"{path.name}, {place(text, ('bundle',))}: {fault}") from error
     if roster is None:
         with store.reading() as t:
             enrolled = sum(row.role == "device" and row.revoked_s is None for row in t.devices())
         roster = max(enrolled, _most_contributors(task))
-    planned = plan(task, bundle, min(roster, MAX_ROSTER), corrupt_devices)
+    try:
+        planned = plan(task, bundle, min(roster, MAX_ROSTER), corrupt_devices)
+    except PlanFault as fault:
+        raise ParameterError(f"{path.name}, {place(text, fault.path)}: {fault}") from fault
     planned = msgspec.structs.replace(planned, publisher=publisher)
     bundle_file = store.put_blob(content)
     initial = bundle.flatten(bundle.parameters())

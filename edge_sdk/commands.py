@@ -113,7 +113,9 @@ def _token(options: argparse.Namespace) -> str:
     """The token that was given. Raises ParameterError if it is for another role: before it is spent."""
     from edge_sdk.enrolment import Token
 
-    token: str = options.token if options.token_file is None else options.token_file.read_text()
+    token: str = options.token
+    if options.token_file is not None:
+        token = options.token_file.read_bytes().decode("ascii", "replace")  # what is no token is refused as that
     role = Token.read(token).role
     if role != options.role:
         raise ParameterError(f"this token is for a {role}: `edge-{role} join`")

@@ -399,6 +399,7 @@ def _host_and_port(url: str) -> tuple[str, int]:
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port or 443
+        (host or "").encode("idna")  # as the resolver will have it
     except ValueError as error:
         raise ParameterError(f"the enrolment service's URL cannot be read: {error}") from error
     if parts.scheme != "https" or not host or parts.username or parts.query or parts.path not in ("", "/"):

@@ -453,7 +453,9 @@ def test_text_that_is_no_token_is_a_parameter_error(text):
         Token.read(text)
 
 
-@pytest.mark.parametrize("url", ["http://a:1", "https://", "https://u:p@a", "https://a:99999", "https://a/path", "a"])
+@pytest.mark.parametrize(
+    "url", ["http://a:1", "https://", "https://u:p@a", "https://a:99999", "https://a/path", "a", "https://a..b:1"]
+)
 def test_a_token_for_an_odd_url_is_refused(url):
     text = Token(url, bytes(32), bytes(32), 1, bytes(32), bytes(32), [bytes(32)], "device").text
     with pytest.raises(ParameterError, match="URL"):

@@ -61,6 +61,29 @@ def test_a_costly_frame_counts_as_several():
     assert refusals == pytest.approx(STOCK / (COSTLY + 1), abs=1)
 
 
+@pytest.mark.parametrize("per_s", [20, 50, 99])
+def test_costly_frames_without_end_cost_no_more_than_their_price_and_keep_their_sender_out(per_s):
+    quotas, looked_at, kept_out_s = Quotas(), 0, None
+    for number in range(120 * per_s):
+        now_s = number / per_s
+        if quotas.take("a", now_s):
+            quotas.charge("a", now_s)
+            looked_at += 1
+        if kept_out_s is None and quotas.kept_out(now_s):
+            kept_out_s = now_s
+    assert looked_at <= STOCK / (1 + COSTLY) + 120 * FRAMES_S / (1 + COSTLY) + 1
+    assert kept_out_s is not None
+    assert kept_out_s < 60
+
+
+def test_a_debt_is_bounded():
+    quotas = Quotas()
+    for _ in range(10_000):
+        quotas.charge("a", 0.0)
+    assert taken(quotas, "a", 10, 0.0) == 0
+    assert taken(quotas, "a", 10, 1.01 * STOCK / FRAMES_S) == 10
+
+
 def test_who_goes_on_is_kept_out_for_a_while_and_then_heard_again():
     quotas = Quotas()
     taken(quotas, "a", int(STOCK) + PATIENCE - 1, 0.0)

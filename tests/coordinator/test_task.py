@@ -140,6 +140,34 @@ def test_a_task_is_planned_once_and_found_again(store, directory):
     assert (model.number, model.parent, model.clip) == (0, None, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("honest = 14", "honest = 18", r"line \d+: \[cohort\] honest: a group needs h \+ F = 20 .*what would do"),
+        ("noise_multiplier = 3\n", "target = {readers = 1e-9}\n",
+         r"line \d+: \[privacy\] target: no noise holds this.*what would do"),
+        ("noise_multiplier = 3", "noise_multiplier = 20000", r"line \d+: \[privacy\] noise_multiplier: expected"),
+        ("clip = 0.5", "clip = 1e-300", r"line \d+: \[privacy\] clip: 1e-300 is nothing"),
+        ("examples = 70", "examples = 1e29", r"line \d+: \[cohort\] examples: expected"),
+        ('bundle = "tiny.bundle"', 'bundle = "a\\u0000b"', r"line \d+: bundle: .*null"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_planned_is_named_with_its_line(store, directory, old, new, message):
+    text = (directory / "task.toml").read_text()
+    assert old in text
+    (directory / "task.toml").write_text(text.replace(old, new))
+    with pytest.raises(ParameterError, match=rf"^task\.toml, {message}"):
+        add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+    with store.reading() as t:
+        assert t.tasks() == []
+
+
+def test_a_bundle_for_the_other_unit_is_named_with_the_line_of_the_unit(store, directory):
+    (directory / "tiny.bundle").write_bytes(tiny.bundle_bytes("device"))
+    with pytest.raises(ParameterError, match=r"^task\.toml, line \d+: unit: 'example', and the bundle was built for"):
+        add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+
+
 def test_figures_grow_with_the_rounds_and_end_with_the_plan(store, directory):
     planned = add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
     epsilons = [planned.readers_epsilon(k) for k in range(5)]

@@ -149,6 +149,17 @@ def test_doctor_minds_another_user_s_directory_unless_root_asks(lived, monkeypat
     assert ok or "belongs to another user" in found["directory"].detail
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"sordino1.\xe9", None])
+def test_a_token_file_that_holds_none_is_refused_in_one_line(tmp_path, content):
+    if content is not None:
+        (tmp_path / "token").write_bytes(content)
+    done = call(main, "join", "--token-file", str(tmp_path / "token"), "--dir", str(tmp_path / "device"))
+    assert done.code == 1
+    assert len(done.err.strip().splitlines()) == 1
+    assert not (tmp_path / "device").exists()
+    assert call(main, "join", "", "--dir", str(tmp_path / "device")).code == 1
+
+
 def spoil_byte(path, at: int) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 1
