@@ -18,6 +18,7 @@ import numpy as np
 
 from coordinator import events, rounds
 from coordinator.arrivals import Arrival, Arrivals
+from coordinator.batch import Batch
 from coordinator.events import Event
 from coordinator.live import LiveRound, Opened, no_sums, slot_bytes
 from coordinator.mail import Mail
@@ -25,7 +26,6 @@ from coordinator.optimizer import pack_memory, unpack_memory
 from coordinator.quotas import Quotas
 from coordinator.store import (
     AnchorRow,
-    ContributionRow,
     DeviceRow,
     EpochRow,
     HeaderRow,
@@ -180,9 +180,6 @@ class _Fleet:
     parcel: Parcel
 
 
-Effect = Callable[[Transaction], None]
-
-
 def _ignore(_: object) -> None:
     """The default for hooks."""
 
@@ -222,10 +219,7 @@ class Server:
         self._mail = Mail(hub)
         self._held_back = False
         """Whether a member's letters wait for what it fetches."""
-        self._effects: list[Effect] = []
-        self._after: list[Callable[[], None]] = []
-        """What follows once the rows are written, before the answers leave."""
-        self._new: dict[bytes, tuple[LiveRound, list[ContributionRow]]] = {}
+        self._batch = Batch(store, on_event, passed)
         self._devices: dict[str, DeviceRow] = {}
         self._present: dict[str, _Present] = {}
         self._seen: set[str] = set()
@@ -324,36 +318,14 @@ class Server:
         return max(due, 0.0)
 
     def _commit(self) -> None:
-        """Vectors, then rows, then what follows from rows that are written."""
-        effects, after, new = self._effects, self._after, self._new
-        self._effects, self._after, self._new = [], [], {}
+        """Write down what the step changed so far, and do what follows from it."""
         if self._seen:
             keys, now_s = [bytes.fromhex(device) for device in sorted(self._seen)], self._clock()
             for device in self._seen & self._devices.keys():
                 self._devices[device] = self._devices[device]._replace(last_seen_s=now_s)
             self._seen.clear()
-            effects.append(lambda t: t.seen(keys, now_s))
-        for tid, (live, contributions) in new.items():  # a round may have ended since it took them
-            live.vectors.sync()
-            self._passed("vectors synced")
-            effects.insert(0, _adding(tid, contributions))
-            if live.wants_checkpoint():
-                slots, name = live.save()
-                self._passed("sums saved")
-                effects.append(_checkpointing(tid, slots, name))
-                after.append(lambda live=live, slots=slots: live.vectors.drop_sums(but=slots))  # type: ignore[misc]
-        if effects:
-            with self._store.transaction() as t:
-                for effect in effects:
-                    effect(t)
-                self._passed("before commit")
-            self._passed("committed")
-        for follow in after:
-            follow()
-
-    def _say(self, event: Event) -> None:
-        """Tell whoever watches, once it is true on disk."""
-        self._after.append(lambda: self._on_event(event))
+            self._batch.write(lambda t: t.seen(keys, now_s))
+        self._batch.commit()
 
     # --- what is in the store
 
@@ -631,7 +603,7 @@ class Server:
                 check_prekey(prekey_public(offer))
                 fresh[offer.serial] = (data, offer.expires_s)
         if fresh:
-            self._effects.append(lambda t: _keep_prekeys(t, key, fresh, now_s))
+            self._batch.write(lambda t: _keep_prekeys(t, key, fresh, now_s))
             for running in self._tasks.values():
                 last = running.lacks_prekeys == {key}  # not at each one's: who joined meanwhile would be an epoch each
                 running.lacks_prekeys.discard(key)
@@ -744,7 +716,7 @@ class Server:
         row, arrival.is_free = live.take(header.sender, live.state.entries[header.sender], view, accepted.shares)
         self._passed("vector written")
         self._note_header(header, signed)
-        self._new.setdefault(live.tid, (live, []))[1].append(row)
+        self._batch.take(live, row)
         self._seen.add(device)
         running = self._tasks.get(live.task.name)
         if running is not None:
@@ -752,17 +724,17 @@ class Server:
         if len(live.slots) >= live.round.ticket.n_max:
             live.full_at_s = now_s
         ticket = live.round.ticket
-        self._say(events.Contributed(ticket.task, ticket.round, device, len(live.slots), arrival.ref.size))
+        self._batch.say(events.Contributed(ticket.task, ticket.round, device, len(live.slots), arrival.ref.size))
         self._answer(device, Letter(accepted.receipt))
 
     def _remember_fork(self, live: LiveRound, header: Header, signed: Signed) -> None:
         ticket = live.round.ticket
         self._anchors = self._anchors.shown(ticket.task, ticket.round, [header])
         row = AnchorRow(header.key, "", ticket.round, header.ledger.entries, header.ledger.link, forked=True)
-        self._effects.append(lambda t: t.set_anchors([row]))
+        self._batch.write(lambda t: t.set_anchors([row]))
         if self._note_header(header, signed):  # else the one that it contradicts is known, and says as much
             shown = self._headers[header.key]
-            self._effects.append(lambda t: t.set_headers([shown]))
+            self._batch.write(lambda t: t.set_headers([shown]))
 
     # --- members
 
@@ -795,19 +767,19 @@ class Server:
         if isinstance(said, Complaint) and isinstance(after, Collecting):
             named = after.complaints[number]
             if not isinstance(before, Collecting) or before.complaints.get(number) != named:
-                self._effects.append(lambda t: t.set_complaints(tid, number, named))
+                self._batch.write(lambda t: t.set_complaints(tid, number, named))
         elif isinstance(said, SealSignature):
             live.posts[number].has_signed = True
             signature = message.signature
-            self._effects.append(lambda t: t.set_signature(tid, number, signature))
+            self._batch.write(lambda t: t.set_signature(tid, number, signature))
             if isinstance(after, Certified) and isinstance(before, Sealed):
                 certificate = messages.encode(after.certificate)
-                self._effects.append(lambda t: t.set_certified(tid, certificate))
-                self._say(events.RoundCertified(live.task.name, live.round.ticket.round))
+                self._batch.write(lambda t: t.set_certified(tid, certificate))
+                self._batch.say(events.RoundCertified(live.task.name, live.round.ticket.round))
         elif isinstance(said, Release):
             live.posts[number].has_signed = live.posts[number].has_answered = True
             release = messages.encode(message)
-            self._effects.append(lambda t: t.set_release(tid, number, release))
+            self._batch.write(lambda t: t.set_release(tid, number, release))
 
     def _on_pull(self, device: str, frame: Pull) -> None:
         blob = self._blobs.get(frame.blob)
@@ -900,9 +872,9 @@ class Server:
             return
         live.state, tid = result, live.tid
         seal = messages.encode(result.seal)
-        self._effects.append(lambda t: t.set_sealed(tid, seal))
+        self._batch.write(lambda t: t.set_sealed(tid, seal))
         ticket, kept = live.round.ticket, len(result.entries)
-        self._say(events.RoundSealed(ticket.task, ticket.round, kept, len(live.slots) - kept))
+        self._batch.say(events.RoundSealed(ticket.task, ticket.round, kept, len(live.slots) - kept))
 
     def _keep_anchors(self, live: LiveRound) -> None:
         """From now on a device whose ledger forgot this round's entries gives itself away."""
@@ -915,8 +887,8 @@ class Server:
             for h in headers
             if h.key not in self._anchors.forked
         ]
-        self._effects.append(lambda t: t.set_anchors(rows))
-        self._effects.append(lambda t: t.set_headers(shown))
+        self._batch.write(lambda t: t.set_anchors(rows))
+        self._batch.write(lambda t: t.set_headers(shown))
 
     def _abort(self, live: LiveRound, state: Collecting | Sealed, reason: str, now_s: float) -> None:
         self._end_aborted(live, aggregator.abort(state, self._identity, reason), now_s)
@@ -924,10 +896,10 @@ class Server:
     def _end_aborted(self, live: LiveRound, aborted: Aborted, now_s: float) -> None:
         ticket, tid = live.round.ticket, live.tid
         notice, reason = messages.encode(aborted.notice), aborted.reason
-        self._effects.append(lambda t: t.set_aborted(tid, notice, reason, now_s))
+        self._batch.write(lambda t: t.set_aborted(tid, notice, reason, now_s))
         for post in live.posts.values():
             self._answer(post.device, Letter(wrap(Abort, aborted.notice)))
-        self._say(events.RoundAborted(ticket.task, ticket.round, reason))
+        self._batch.say(events.RoundAborted(ticket.task, ticket.round, reason))
         self._end(live, now_s)
 
     def _end(self, live: LiveRound, now_s: float) -> None:
@@ -944,7 +916,7 @@ class Server:
             self._offer_blobs()
             self._tell(live.task)
 
-        self._after.append(erase)
+        self._batch.follow(erase)
 
     def _tell(self, task: Task) -> None:
         """Something of the task changed: say so to those that are present and take part."""
@@ -983,10 +955,10 @@ class Server:
             return  # not with these answers: another one may repair it
         ticket, tid, done = live.round.ticket, live.tid, opened.state
         transcript, reason = messages.encode(done.transcript), opened.reason
-        self._effects.append(lambda t: t.set_done(tid, transcript, reason, now_s))
+        self._batch.write(lambda t: t.set_done(tid, transcript, reason, now_s))
         running = self._tasks.get(ticket.task)
         if opened.model is None or opened.files is None or running is None:
-            self._say(events.RoundAborted(ticket.task, ticket.round, reason))
+            self._batch.say(events.RoundAborted(ticket.task, ticket.round, reason))
             self._end(live, now_s)
             return
         salt = self._entropy(32)
@@ -1003,20 +975,20 @@ class Server:
             if row.number >= live.task.rounds:
                 t.set_task_state(row.task, "done")
 
-        self._effects.append(publish)
-        self._after.append(lambda: self._store.drop_blobs(dropped))
+        self._batch.write(publish)
+        self._batch.follow(lambda: self._store.drop_blobs(dropped))
         running.model = row
         running.models = [*running.models, row][-MODELS_SERVED:]
         came = sum(group.contributors for group in done.sums.values())
         spent = rounds.spent(live.task, live.planned, row.number, max(running.sends.values(), default=0))
         opened_s = ticket.closes_s - live.task.schedule.open_s
-        self._say(
+        self._batch.say(
             events.ModelPublished(
                 ticket.task, ticket.round, row.number, came, row.metrics, spent, model.clip, now_s - opened_s, reason
             )
         )
         if row.number >= live.task.rounds:
-            self._say(events.TaskDone(ticket.task))
+            self._batch.say(events.TaskDone(ticket.task))
         self._end(live, now_s)
 
     # --- the next ticket
@@ -1096,7 +1068,7 @@ class Server:
         self._live[round_.tid] = self._new_round(task, planned, round_, running.model.number, Collecting(round_))
         running.reason = ""
         self._offer_blobs()
-        self._say(events.RoundOpened(task.name, ticket.round, ticket.n_max, ticket.closes_s))
+        self._batch.say(events.RoundOpened(task.name, ticket.round, ticket.n_max, ticket.closes_s))
         self._tell(task)
         return None
 
@@ -1160,14 +1132,6 @@ class Server:
 
 def _takes_part(task: Task, row: DeviceRow) -> bool:
     return row.role == "device" and (not task.participants or not row.tags.isdisjoint(task.participants))
-
-
-def _adding(tid: bytes, contributions: list[ContributionRow]) -> Effect:
-    return lambda t: t.add_contributions(tid, contributions)
-
-
-def _checkpointing(tid: bytes, slots: int, name: bytes) -> Effect:
-    return lambda t: t.set_checkpoint(tid, slots, name)
 
 
 def _keep_prekeys(t: Transaction, member: bytes, fresh: dict[int, tuple[bytes, int]], now_s: float) -> None:
