@@ -24,6 +24,7 @@ from coordinator.live import LiveRound, Opened, no_sums, slot_bytes
 from coordinator.mail import Mail
 from coordinator.optimizer import pack_memory, unpack_memory
 from coordinator.quotas import Quotas
+from coordinator.shelf import Shelf
 from coordinator.store import (
     AnchorRow,
     DeviceRow,
@@ -61,7 +62,7 @@ from edge_sdk.protocol.messages import (
 )
 from edge_sdk.protocol.rounds import Round, prekey_public, sign_ticket
 from edge_sdk.transport import Connected, Hub, Inbound, Lost
-from edge_sdk.transport.chunks import Blob, chunk_count, parcel_of
+from edge_sdk.transport.chunks import chunk_count
 from edge_sdk.transport.wire import (
     MAX_TASKS,
     BlobRef,
@@ -227,12 +228,7 @@ class Server:
         self._epochs: dict[int, FleetEpoch] = {}
         self._tasks: dict[str, _Running] = {}
         self._live: dict[bytes, LiveRound] = {}
-        self._files: dict[bytes, Blob] = {}
-        """Content hash of a file -> the blob that devices fetch."""
-        self._blobs: dict[bytes, Blob] = {}
-        """Blob id -> what anybody in the fleet may fetch."""
-        self._loose: dict[bytes, bytes] = {}
-        """Round or epoch -> the blob that it is sent as, if it is long."""
+        self._shelf = Shelf(store.blob_path)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="opening")
         self._changes = -1
         self._look_s = 0.0
@@ -297,8 +293,7 @@ class Server:
         self._worker.shutdown(wait=True)
         for live in self._live.values():
             live.vectors.close()
-        for blob in self._files.values():
-            blob.close()
+        self._shelf.close()
         self._store.close()
 
     def _patience(self) -> float:
@@ -375,7 +370,7 @@ class Server:
             self._tasks[row.name] = _Running(row, *load(row), models[-1], sends, models=models)
             for device in self._present:
                 self._welcome(device)
-        self._offer_blobs()
+        self._fill_shelf()
         if newest is not None and (self._fleet is None or newest.id != self._fleet.row.id):
             self._begin(newest)
 
@@ -391,11 +386,7 @@ class Server:
     def _begin(self, row: EpochRow) -> None:
         """An epoch of the store is in force."""
         epoch = self._epoch(row)
-        parcel, blob = parcel_of(row.signed)
-        self._fleet = _Fleet(epoch, row, Roster(row.roster), parcel)
-        if blob is not None:
-            self._blobs[blob.ref.id] = blob
-            self._loose[row.id] = blob.ref.id
+        self._fleet = _Fleet(epoch, row, Roster(row.roster), self._shelf.parcel(row.id, row.signed))
         self._on_event(events.EpochBegan(row.number, len(row.roster), len(epoch.members)))
         for device in self._present:
             self._welcome(device)
@@ -433,30 +424,20 @@ class Server:
                         live.posts[member].has_answered = True
                 self._live[row.tid] = live
                 log.info("%s of %s goes on with %d contributions", round_, row.task, len(contributions))
-        self._offer_blobs()
+        self._fill_shelf()
 
     def _new_round(self, task: Task, planned: Planned, round_: Round, model: int, state: rounds.State) -> LiveRound:
         vectors = self._store.vectors(round_.tid, round_.ticket.n_max, slot_bytes(round_))
         return LiveRound(task, planned, round_, model, state, vectors, no_sums(round_))
 
-    def _offer_blobs(self) -> None:
-        """The files that devices may fetch now: of every task its bundle and newest models, and of open rounds."""
-        wanted: dict[bytes, None] = {}
+    def _fill_shelf(self) -> None:
+        """What devices may fetch now: of every task its bundle and newest models, and what open rounds need."""
+        files: list[bytes] = []
         for running in self._tasks.values():
-            wanted[running.row.bundle_file] = None
-            wanted.update((model.parameters, None) for model in running.models)
-        for live in self._live.values():
-            wanted[live.round.ticket.parameters] = None
-        for name in set(self._files) - set(wanted):
-            blob = self._files.pop(name)
-            self._blobs.pop(blob.ref.id, None)
-        for name in wanted:
-            if name not in self._files:
-                blob = self._files[name] = Blob.from_file(self._store.blob_path(name))
-                self._blobs[blob.ref.id] = blob
-        current = {*self._live, *([self._fleet.row.id] if self._fleet is not None else [])}
-        for owner in set(self._loose) - current:
-            self._blobs.pop(self._loose.pop(owner), None)
+            files += [running.row.bundle_file, *(model.parameters for model in running.models)]
+        files += [live.round.ticket.parameters for live in self._live.values()]
+        epoch = [self._fleet.row.id] if self._fleet is not None else []
+        self._shelf.keep(files, {*self._live, *epoch})
 
     # --- frames
 
@@ -553,14 +534,8 @@ class Server:
             model = running.model
             if live is not None:
                 data = messages.encode(live.round.signed)
-                ticket, blob = parcel_of(data)
                 inline += len(data)
-                if blob is None and inline > INLINE_TICKETS:
-                    blob = Blob.of(data)
-                    ticket = blob.ref
-                if blob is not None:
-                    self._blobs[blob.ref.id] = blob
-                    self._loose[live.tid] = blob.ref.id
+                ticket = self._shelf.parcel(live.tid, data, inline=inline <= INLINE_TICKETS)
                 # Whoever takes the ticket needs the model that it names, though a newer one may be out.
                 model = next((m for m in running.models if m.number == live.number_of_model), model)
             states.append(self._task_state(running, model, ticket))
@@ -570,7 +545,7 @@ class Server:
     def _task_state(self, running: _Running, model: ModelRow, ticket: Parcel | None) -> TaskState:
         planned = running.planned
         signed = messages.sign(self._identity, Model(running.task.name, model.number, planned.bundle, model.parameters))
-        bundle, parameters = (self._files[name].ref for name in (running.row.bundle_file, model.parameters))
+        bundle, parameters = (self._shelf.file(name) for name in (running.row.bundle_file, model.parameters))
         return TaskState(messages.encode(signed), bundle, parameters, ticket)
 
     def _open_round(self, task: str) -> LiveRound | None:
@@ -782,7 +757,7 @@ class Server:
             self._batch.write(lambda t: t.set_release(tid, number, release))
 
     def _on_pull(self, device: str, frame: Pull) -> None:
-        blob = self._blobs.get(frame.blob)
+        blob = self._shelf.find(frame.blob)
         for live in self._live.values():
             for post in live.posts.values():
                 if post.device == device and frame.blob in post.pulling:
@@ -913,7 +888,7 @@ class Server:
         def erase() -> None:
             live.vectors.close()
             self._store.erase_round(live.tid)
-            self._offer_blobs()
+            self._fill_shelf()
             self._tell(live.task)
 
         self._batch.follow(erase)
@@ -1067,7 +1042,7 @@ class Server:
         self._passed("committed")
         self._live[round_.tid] = self._new_round(task, planned, round_, running.model.number, Collecting(round_))
         running.reason = ""
-        self._offer_blobs()
+        self._fill_shelf()
         self._batch.say(events.RoundOpened(task.name, ticket.round, ticket.n_max, ticket.closes_s))
         self._tell(task)
         return None
