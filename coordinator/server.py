@@ -20,16 +20,15 @@ from coordinator import events, rounds
 from coordinator.arrivals import Arrival, Arrivals
 from coordinator.batch import Batch
 from coordinator.events import Event
+from coordinator.heads import Heads
 from coordinator.live import LiveRound, Opened, no_sums, slot_bytes
 from coordinator.mail import Mail
 from coordinator.optimizer import pack_memory, unpack_memory
 from coordinator.quotas import Quotas
 from coordinator.shelf import Shelf
 from coordinator.store import (
-    AnchorRow,
     DeviceRow,
     EpochRow,
-    HeaderRow,
     ModelRow,
     RoundRow,
     Store,
@@ -42,12 +41,11 @@ from edge_sdk.crypto.sealing import check_prekey
 from edge_sdk.errors import ParameterError, PeerError, RoundAborted
 from edge_sdk.protocol import aggregator, messages
 from edge_sdk.protocol.aggregator import Aborted, Certified, Collecting, Done, Sealed
-from edge_sdk.protocol.anchors import Anchored, Anchors, LedgerForked
+from edge_sdk.protocol.anchors import LedgerForked
 from edge_sdk.protocol.authority import FIRST, FleetEpoch, Roster
 from edge_sdk.protocol.contributor import Contribution
 from edge_sdk.protocol.messages import (
     Abort,
-    Anchor,
     Complaint,
     Header,
     PrekeyOffer,
@@ -232,7 +230,7 @@ class Server:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="opening")
         self._changes = -1
         self._look_s = 0.0
-        self._anchors, self._headers = self._load_anchors()
+        self._heads = Heads(store)
         self._refresh()
         self._restore_rounds()
         # Over a broker that is not ours devices do not notice a restart, so they will not say Hello. What is sent to
@@ -324,27 +322,6 @@ class Server:
 
     # --- what is in the store
 
-    def _load_anchors(self) -> tuple[Anchors, dict[bytes, HeaderRow]]:
-        """The heads of ledgers, and each device's header with the most entries, to show it."""
-        newest: dict[bytes, dict[str, Anchored]] = {}
-        forked = set()
-        with self._store.reading() as t:
-            for row in t.anchors():
-                if row.forked:
-                    forked.add(row.device)
-                else:
-                    newest.setdefault(row.device, {})[row.task] = Anchored(row.round, Anchor(row.entries, row.link))
-            headers = {row.device: row for row in t.headers()}
-        return Anchors(newest, frozenset(forked)), headers
-
-    def _note_header(self, header: Header, signed: Signed) -> bool:
-        """A header whose signature was checked. Returns whether its device has shown none with as many entries."""
-        known = self._headers.get(header.key)
-        if known is not None and known.entries >= header.ledger.entries:
-            return False
-        self._headers[header.key] = HeaderRow(header.key, header.ledger.entries, messages.encode(signed))
-        return True
-
     def _refresh(self) -> None:
         """Read what commands may have changed: devices, epochs, tasks."""
         with self._store.reading() as t:
@@ -413,7 +390,7 @@ class Server:
                 live = self._new_round(task, planned, round_, row.model, state)
                 live.restore(contributions, t.checkpoint(row.tid))
                 for signed in live.headers:
-                    self._note_header(messages.decode(Header, signed.body), signed)
+                    self._heads.note(messages.decode(Header, signed.body), signed)
                 if isinstance(state, Collecting) and len(state.entries) >= round_.ticket.n_max:
                     live.full_at_s = self._clock()
                 if isinstance(state, Sealed):
@@ -522,7 +499,7 @@ class Server:
                 enrolment = Enrolment(index, list(proof))
             except ParameterError:
                 pass  # enrolled after the roster was frozen: the next epoch holds it
-        known = self._headers.get(row.key)
+        known = self._heads.longest(row.key)
         shown = messages.decode(Signed, known.signed) if known is not None else None
         states, inline = [], len(known.signed) if known is not None else 0
         for name, running in self._tasks.items():
@@ -673,10 +650,10 @@ class Server:
         contribution = Contribution(signed, view[: live.masked_bytes], bytes(view[live.masked_bytes :]))  # type: ignore[arg-type]
         try:
             accepted = aggregator.accept(
-                live.state, contribution, self._identity, now_s, self._anchors, checked=arrival.checked
+                live.state, contribution, self._identity, now_s, self._heads.anchors, checked=arrival.checked
             )
         except LedgerForked:
-            self._remember_fork(live, header, signed)
+            self._batch.write(self._heads.keep_fork(live.round.ticket, header, signed))
             self._answer(device, Refusal(digest, "its ledger was rolled back or cloned: enrol it anew", final=True))
             raise
         except (PeerError, RoundAborted) as error:
@@ -690,7 +667,7 @@ class Server:
         live.state = accepted.state
         row, arrival.is_free = live.take(header.sender, live.state.entries[header.sender], view, accepted.shares)
         self._passed("vector written")
-        self._note_header(header, signed)
+        self._heads.note(header, signed)
         self._batch.take(live, row)
         self._seen.add(device)
         running = self._tasks.get(live.task.name)
@@ -701,15 +678,6 @@ class Server:
         ticket = live.round.ticket
         self._batch.say(events.Contributed(ticket.task, ticket.round, device, len(live.slots), arrival.ref.size))
         self._answer(device, Letter(accepted.receipt))
-
-    def _remember_fork(self, live: LiveRound, header: Header, signed: Signed) -> None:
-        ticket = live.round.ticket
-        self._anchors = self._anchors.shown(ticket.task, ticket.round, [header])
-        row = AnchorRow(header.key, "", ticket.round, header.ledger.entries, header.ledger.link, forked=True)
-        self._batch.write(lambda t: t.set_anchors([row]))
-        if self._note_header(header, signed):  # else the one that it contradicts is known, and says as much
-            shown = self._headers[header.key]
-            self._batch.write(lambda t: t.set_headers([shown]))
 
     # --- members
 
@@ -841,7 +809,7 @@ class Server:
 
     def _seal(self, live: LiveRound, state: Collecting, now_s: float) -> None:
         result = aggregator.seal(state, self._identity, now_s)
-        self._keep_anchors(live)
+        self._batch.write(self._heads.keep(live.round.ticket, live.headers))
         if isinstance(result, Aborted):
             self._end_aborted(live, result, now_s)
             return
@@ -850,20 +818,6 @@ class Server:
         self._batch.write(lambda t: t.set_sealed(tid, seal))
         ticket, kept = live.round.ticket, len(result.entries)
         self._batch.say(events.RoundSealed(ticket.task, ticket.round, kept, len(live.slots) - kept))
-
-    def _keep_anchors(self, live: LiveRound) -> None:
-        """From now on a device whose ledger forgot this round's entries gives itself away."""
-        ticket = live.round.ticket
-        headers = [messages.decode(Header, signed.body) for signed in live.headers]
-        shown = [self._headers[header.key] for header in headers]
-        self._anchors = self._anchors.shown(ticket.task, ticket.round, headers)
-        rows = [
-            AnchorRow(h.key, ticket.task, ticket.round, h.ledger.entries, h.ledger.link, forked=False)
-            for h in headers
-            if h.key not in self._anchors.forked
-        ]
-        self._batch.write(lambda t: t.set_anchors(rows))
-        self._batch.write(lambda t: t.set_headers(shown))
 
     def _abort(self, live: LiveRound, state: Collecting | Sealed, reason: str, now_s: float) -> None:
         self._end_aborted(live, aggregator.abort(state, self._identity, reason), now_s)

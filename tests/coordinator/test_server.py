@@ -528,7 +528,7 @@ def test_a_device_whose_ledger_went_back_is_refused_before_members_see_it(tmp_pa
     fleet.run(lambda: bool(rolled_back.refusals))
     assert "rolled back or cloned" in rolled_back.refusals[0].reason
     fleet.restart()  # it is remembered
-    assert rolled_back.identity.public_key in fleet.server._anchors.forked
+    assert rolled_back.identity.public_key in fleet.server._heads.anchors.forked
     ended = finish(fleet, rounds=2)
     assert rolled_back.enrolled.index not in ended[1].senders
 
