@@ -69,7 +69,7 @@ def sign_epoch(
 
 
 class LocalAuthority:
-    """The authority in the coordinator's process: `coordinator.server.Authority`. An honest coordinator is assumed."""
+    """The authority in the coordinator's process: `coordinator.epochs.Authority`. An honest coordinator is assumed."""
 
     def __init__(
         self, identity: Identity, settings: AuthorityTable, coordinator: bytes, entropy: Callable[[int], bytes]

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
 from coordinator import events, rounds
 from coordinator.arrivals import Arrival, Arrivals
 from coordinator.batch import Batch
+from coordinator.epochs import Authority, Epochs, InForce
 from coordinator.events import Event
 from coordinator.heads import Heads
 from coordinator.live import LiveRound, Opened, no_sums, slot_bytes
@@ -28,7 +28,6 @@ from coordinator.quotas import Quotas
 from coordinator.shelf import Shelf
 from coordinator.store import (
     DeviceRow,
-    EpochRow,
     ModelRow,
     RoundRow,
     Store,
@@ -42,7 +41,7 @@ from edge_sdk.errors import ParameterError, PeerError, RoundAborted
 from edge_sdk.protocol import aggregator, messages
 from edge_sdk.protocol.aggregator import Aborted, Certified, Collecting, Done, Sealed
 from edge_sdk.protocol.anchors import LedgerForked
-from edge_sdk.protocol.authority import FIRST, FleetEpoch, Roster
+from edge_sdk.protocol.authority import FIRST
 from edge_sdk.protocol.contributor import Contribution
 from edge_sdk.protocol.messages import (
     Abort,
@@ -95,9 +94,6 @@ LOOK_S = 0.5
 MAX_LETTER_BYTES = 1 << 20
 """Of a member's letter: the longest, a release of 64 groups, has 262 kB."""
 
-SETTLE_S = 30.0
-"""How long the members of a new epoch have to offer their first prekeys."""
-
 REMIND_S = 15.0
 """A device that was told of a round and does not offer its upload is told again after this long, then twice as long: a
 frame may be lost, and by itself it asks every two minutes."""
@@ -109,28 +105,6 @@ INLINE_TICKETS = 48 << 10
 
 MODELS_SERVED = 3
 """Newest models of a task that devices can fetch: who began before the last one was published ends in peace."""
-
-
-class Authority(Protocol):
-    """The fleet authority, as far as the server needs it. Its key may lie elsewhere."""
-
-    @property
-    def public_key(self) -> bytes:
-        """The fleet authority's."""
-
-    def next_epoch(
-        self,
-        devices: Sequence[bytes],
-        helpers: Sequence[bytes],
-        groups: Sequence[int],
-        previous: EpochRow | None,
-        now_s: float,
-    ) -> Signed | None:
-        """A signed epoch of this roster, or None if there is none to be had now: then the old one goes on.
-
-        devices, helpers: keys of those to be in it, none of them revoked.  groups: numbers that tasks ask for.
-        Raises ParameterError if no safe committee can be made of them, with what would do.
-        """
 
 
 @dataclass
@@ -167,16 +141,6 @@ class _Running:
     """Members whose prekey the next ticket waits for, by key."""
     models: list[ModelRow] = field(default_factory=list)
     """The newest ones."""
-
-
-@dataclass
-class _Fleet:
-    """The epoch in force."""
-
-    epoch: FleetEpoch
-    row: EpochRow
-    roster: Roster
-    parcel: Parcel
 
 
 def _ignore(_: object) -> None:
@@ -221,12 +185,11 @@ class Server:
         self._batch = Batch(store, on_event, passed)
         self._devices: dict[str, DeviceRow] = {}
         self._present: dict[str, _Present] = {}
+        self._shelf = Shelf(store.blob_path)
         self._seen: set[str] = set()
-        self._fleet: _Fleet | None = None
-        self._epochs: dict[int, FleetEpoch] = {}
+        self._epochs = Epochs(store, authority, self._shelf, self._on_epoch)
         self._tasks: dict[str, _Running] = {}
         self._live: dict[bytes, LiveRound] = {}
-        self._shelf = Shelf(store.blob_path)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="opening")
         self._changes = -1
         self._look_s = 0.0
@@ -348,8 +311,8 @@ class Server:
             for device in self._present:
                 self._welcome(device)
         self._fill_shelf()
-        if newest is not None and (self._fleet is None or newest.id != self._fleet.row.id):
-            self._begin(newest)
+        if newest is not None:
+            self._epochs.begin(newest)
 
     def _count_sends(self, t: Transaction, task: str) -> Counter[bytes]:
         counter: Counter[bytes] = Counter()
@@ -360,24 +323,16 @@ class Server:
             counter.update(rosters[row.epoch][c.sender] for c in t.contributions(row.tid))
         return counter
 
-    def _begin(self, row: EpochRow) -> None:
-        """An epoch of the store is in force."""
-        epoch = self._epoch(row)
-        self._fleet = _Fleet(epoch, row, Roster(row.roster), self._shelf.parcel(row.id, row.signed))
-        self._on_event(events.EpochBegan(row.number, len(row.roster), len(epoch.members)))
+    def _on_epoch(self, in_force: InForce) -> None:
+        row = in_force.row
+        self._on_event(events.EpochBegan(row.number, len(row.roster), len(in_force.epoch.members)))
         for device in self._present:
             self._welcome(device)
-
-    def _epoch(self, row: EpochRow) -> FleetEpoch:
-        if row.number not in self._epochs:
-            signed = messages.decode(Signed, row.signed)
-            self._epochs[row.number] = FleetEpoch(self._authority.public_key, signed)
-        return self._epochs[row.number]
 
     def _restore_rounds(self) -> None:
         with self._store.reading() as t:
             for row in t.active_rounds():
-                epoch = self._epoch(t.epoch(row.epoch))
+                epoch = self._epochs.epoch(t.epoch(row.epoch))
                 round_ = Round(epoch, messages.decode(Signed, row.ticket))
                 contributions = t.contributions(row.tid)
                 state = rounds.restore(
@@ -413,8 +368,8 @@ class Server:
         for running in self._tasks.values():
             files += [running.row.bundle_file, *(model.parameters for model in running.models)]
         files += [live.round.ticket.parameters for live in self._live.values()]
-        epoch = [self._fleet.row.id] if self._fleet is not None else []
-        self._shelf.keep(files, {*self._live, *epoch})
+        in_force = self._epochs.in_force
+        self._shelf.keep(files, {*self._live, *([in_force.row.id] if in_force is not None else [])})
 
     # --- frames
 
@@ -492,7 +447,7 @@ class Server:
         present, row = self._present.get(device), self._devices.get(device)
         if present is None or row is None:
             return None
-        fleet, enrolment = self._fleet, None
+        fleet, enrolment = self._epochs.in_force, None
         if fleet is not None and row.role == "device":
             try:
                 index, proof = fleet.roster.enrolment(row.key)
@@ -948,18 +903,20 @@ class Server:
         task, planned = running.task, running.planned
         _, expires_s = rounds.ticket_times(task, now_s)
         self._refresh()
-        silent = self._silent(expires_s, now_s)
-        enrolled = sum(_takes_part(task, row) for row in self._devices.values())
-        ready = sum(_takes_part(task, row) and row.key not in silent for row in self._devices.values())
+        devices = self._devices.values()
+        silent = self._epochs.silent(devices, expires_s, now_s)
+        enrolled = sum(_takes_part(task, row) for row in devices)
+        ready = sum(_takes_part(task, row) and row.key not in silent for row in devices)
         if ready < task.cohort.expected:  # no epoch for each device that joins
             running.lacks_devices = True
             return f"{ready} of {enrolled} devices are ready, and the task plans with {task.cohort.expected:g}"
-        problem = self._renew_epoch(expires_s, now_s)
-        fleet = self._fleet
+        groups = [running.planned.groups for running in self._tasks.values()]
+        problem = self._epochs.renew(devices, groups, expires_s, now_s)
+        fleet = self._epochs.in_force
         if fleet is None:
             return problem or "there is no epoch yet"
         in_roster = set(fleet.row.roster)
-        may = sum(row.key in in_roster and _takes_part(task, row) for row in self._devices.values())
+        may = sum(row.key in in_roster and _takes_part(task, row) for row in devices)
         reason = rounds.why_not_yet(task, planned, fleet.epoch, may, expires_s)
         if reason is not None:
             return f"{reason}; {problem}" if problem else reason
@@ -999,63 +956,6 @@ class Server:
         self._fill_shelf()
         self._batch.say(events.RoundOpened(task.name, ticket.round, ticket.n_max, ticket.closes_s))
         self._tell(task)
-        return None
-
-    def _silent(self, needed_s: int, now_s: float) -> frozenset[bytes]:
-        """Devices that the next roster is better without: members that are away and have no prekey left that lives as
-        long as the next ticket would, and who went that way before and has not been seen since."""
-        fleet = self._fleet
-        if fleet is None or fleet.epoch.frozen.committee == "helpers":
-            return frozenset()
-        roster, since_s = set(fleet.row.roster), fleet.row.installed_s
-        silent = {
-            row.key
-            for row in self._devices.values()
-            if row.role == "device" and row.key not in roster and not (row.last_seen_s or 0.0) > since_s
-        }
-        if now_s >= since_s + SETTLE_S:
-            with self._store.reading() as t:
-                ready = t.members_with_prekeys(needed_s)
-            silent |= {member.key for member in fleet.epoch.members} - ready
-        return frozenset(silent)
-
-    def _renew_epoch(self, needed_s: int, now_s: float) -> str | None:
-        """A new epoch if the roster changed or the old one would end too early. Returns why there is none, or None.
-
-        Where devices are the committee, one that is away until its prekeys are used up would stop the fleet. The next
-        roster is then without it, until it comes back with new ones.
-        """
-        silent = self._silent(needed_s, now_s)
-        devices = sorted(row.key for row in self._devices.values() if row.role == "device" and row.key not in silent)
-        helpers = sorted(row.key for row in self._devices.values() if row.role == "helper")
-        fleet = self._fleet
-        groups = sorted({1, *(running.planned.groups for running in self._tasks.values())})
-        if fleet is not None:
-            frozen = fleet.epoch.frozen
-            roster = set(fleet.row.roster)
-            gone = roster - {row.key for row in self._devices.values()}
-            lacking = silent & {member.key for member in fleet.epoch.members}
-            same = not gone and not lacking and roster.issuperset(devices)
-            same = same and (not frozen.helpers or frozen.helpers == helpers)
-            if same and needed_s <= frozen.expires_s and set(groups) <= set(fleet.epoch.corrupt_in_group):
-                return None
-        if not devices:
-            return "no device is enrolled"
-        previous = fleet.row if fleet is not None else None
-        try:
-            signed = self._authority.next_epoch(devices, helpers, groups, previous, now_s)
-        except ParameterError as error:
-            return str(error)
-        if signed is None:
-            return "the fleet authority has not signed the new roster"
-        epoch = FleetEpoch(self._authority.public_key, signed)
-        row = EpochRow(epoch.number, epoch.id, messages.encode(signed), tuple(devices), now_s)
-        if epoch.frozen.roster_root != Roster(devices).root:
-            raise ParameterError("the authority signed another roster than it was given")
-        with self._store.transaction() as t:
-            t.add_epoch(row)
-        self._epochs[row.number] = epoch
-        self._begin(row)
         return None
 
 
