@@ -8,10 +8,9 @@ rounds. If the transaction fails, memory is ahead of the disk: the error ends th
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,13 +24,13 @@ from coordinator.live import LiveRound, Opened, no_sums, slot_bytes
 from coordinator.mail import Mail
 from coordinator.optimizer import pack_memory, unpack_memory
 from coordinator.quotas import Quotas
+from coordinator.running import RunningTask
 from coordinator.shelf import Shelf
 from coordinator.store import (
     DeviceRow,
     ModelRow,
     RoundRow,
     Store,
-    TaskRow,
     Transaction,
 )
 from coordinator.task import Planned, Task, load
@@ -103,9 +102,6 @@ FRAMES_BETWEEN_PULLS = 16
 INLINE_TICKETS = 48 << 10
 """Bytes of tickets in one Welcome; further ones are fetched."""
 
-MODELS_SERVED = 3
-"""Newest models of a task that devices can fetch: who began before the last one was published ends in peace."""
-
 
 @dataclass
 class _Present:
@@ -118,29 +114,6 @@ class _Present:
 
     def trains(self, task: str) -> bool:
         return self.tasks is None or task in self.tasks
-
-
-@dataclass
-class _Running:
-    """A task that is not done, with what the server keeps of it."""
-
-    row: TaskRow
-    task: Task
-    planned: Planned
-    model: ModelRow
-    sends: Counter[bytes] = field(default_factory=Counter)
-    """Contributions of each device, by key."""
-    next_s: float = 0.0
-    """No ticket before this time: the pause between rounds."""
-    retry_s: float = 0.0
-    """None is tried before this time, unless what lacked has come."""
-    reason: str = ""
-    """Why there is no ticket, as it was said last."""
-    lacks_devices: bool = False
-    lacks_prekeys: set[bytes] = field(default_factory=set)
-    """Members whose prekey the next ticket waits for, by key."""
-    models: list[ModelRow] = field(default_factory=list)
-    """The newest ones."""
 
 
 def _ignore(_: object) -> None:
@@ -188,7 +161,7 @@ class Server:
         self._shelf = Shelf(store.blob_path)
         self._seen: set[str] = set()
         self._epochs = Epochs(store, authority, self._shelf, self._on_epoch)
-        self._tasks: dict[str, _Running] = {}
+        self._tasks: dict[str, RunningTask] = {}
         self._live: dict[bytes, LiveRound] = {}
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="opening")
         self._changes = -1
@@ -294,11 +267,7 @@ class Server:
             self._changes = changes
             devices, newest = t.devices(), t.newest_epoch()
             rows = t.tasks()
-            new = {
-                row.name: (t.newest_models(row.name, MODELS_SERVED), self._count_sends(t, row.name))
-                for row in rows
-                if row.name not in self._tasks
-            }
+            new = {row.name: RunningTask.restore(t, row) for row in rows if row.name not in self._tasks}
         self._devices = {row.key.hex(): row for row in devices if row.revoked_s is None}
         for device in set(self._present) - set(self._devices):
             self._leave(device)
@@ -306,22 +275,12 @@ class Server:
             if row.name in self._tasks:
                 self._tasks[row.name].row = row
                 continue
-            models, sends = new[row.name]
-            self._tasks[row.name] = _Running(row, *load(row), models[-1], sends, models=models)
+            self._tasks[row.name] = new[row.name]
             for device in self._present:
                 self._welcome(device)
         self._fill_shelf()
         if newest is not None:
             self._epochs.begin(newest)
-
-    def _count_sends(self, t: Transaction, task: str) -> Counter[bytes]:
-        counter: Counter[bytes] = Counter()
-        rosters: dict[int, tuple[bytes, ...]] = {}
-        for row in t.rounds(task):
-            if row.epoch not in rosters:
-                rosters[row.epoch] = t.epoch(row.epoch).roster
-            counter.update(rosters[row.epoch][c.sender] for c in t.contributions(row.tid))
-        return counter
 
     def _on_epoch(self, in_force: InForce) -> None:
         row = in_force.row
@@ -417,8 +376,7 @@ class Server:
         self._welcome(device)
         if before is None:
             for running in self._tasks.values():
-                if running.lacks_devices:
-                    running.retry_s = 0.0
+                running.device_came()
         if before is not None and before.heard:
             return  # it was here all the time, and only asks how things stand
         for live in self._live.values():
@@ -460,7 +418,7 @@ class Server:
         for name, running in self._tasks.items():
             live = self._open_round(name)
             serves = live is not None and any(post.device == device for post in live.posts.values())
-            if not serves and not (present.trains(name) and _takes_part(running.task, row)):
+            if not serves and not (present.trains(name) and running.task.admits(row)):
                 continue
             ticket: Parcel | None = None
             model = running.model
@@ -474,7 +432,7 @@ class Server:
         epoch = fleet.parcel if fleet is not None else None
         return encode_frame(Welcome(int(self._clock()), epoch, enrolment, states[:MAX_TASKS], shown))
 
-    def _task_state(self, running: _Running, model: ModelRow, ticket: Parcel | None) -> TaskState:
+    def _task_state(self, running: RunningTask, model: ModelRow, ticket: Parcel | None) -> TaskState:
         planned = running.planned
         signed = messages.sign(self._identity, Model(running.task.name, model.number, planned.bundle, model.parameters))
         bundle, parameters = (self._shelf.file(name) for name in (running.row.bundle_file, model.parameters))
@@ -512,10 +470,7 @@ class Server:
         if fresh:
             self._batch.write(lambda t: _keep_prekeys(t, key, fresh, now_s))
             for running in self._tasks.values():
-                last = running.lacks_prekeys == {key}  # not at each one's: who joined meanwhile would be an epoch each
-                running.lacks_prekeys.discard(key)
-                if last or running.lacks_devices:
-                    running.retry_s = 0.0
+                running.prekeys_came(key)
 
     # --- uploads
 
@@ -571,7 +526,7 @@ class Server:
             return "the round has closed"
         if len(live.state.entries) >= live.round.ticket.n_max:
             return f"the round has its {live.round.ticket.n_max} contributions"
-        if not _takes_part(live.task, self._devices[device]):
+        if not live.task.admits(self._devices[device]):
             return "this device does not bear the task's tags"
         return None
 
@@ -758,7 +713,7 @@ class Server:
         """Welcome again who is there, may contribute and has neither done so nor begun to."""
         taken = {messages.decode(Header, header.body).key.hex() for header in live.headers}
         for device, present in self._present.items():
-            may = present.trains(live.task.name) and _takes_part(live.task, self._devices[device])
+            may = present.trains(live.task.name) and live.task.admits(self._devices[device])
             if may and device not in taken and not self._arrivals.is_sending(device):
                 self._welcome(device)
 
@@ -792,7 +747,7 @@ class Server:
         self._arrivals.end_round(live.tid)
         running = self._tasks.get(live.task.name)
         if running is not None:
-            running.next_s, running.retry_s = now_s + live.task.schedule.pause_s, 0.0
+            running.round_ended(now_s)
 
         def erase() -> None:
             live.vectors.close()
@@ -861,8 +816,7 @@ class Server:
 
         self._batch.write(publish)
         self._batch.follow(lambda: self._store.drop_blobs(dropped))
-        running.model = row
-        running.models = [*running.models, row][-MODELS_SERVED:]
+        running.publish(row)
         came = sum(group.contributors for group in done.sums.values())
         spent = rounds.spent(live.task, live.planned, row.number, max(running.sends.values(), default=0))
         opened_s = ticket.closes_s - live.task.schedule.open_s
@@ -877,7 +831,7 @@ class Server:
 
     # --- the next ticket
 
-    def _next_ticket(self, running: _Running, now_s: float) -> None:
+    def _next_ticket(self, running: RunningTask, now_s: float) -> None:
         if running.row.state != "running" or now_s < max(running.next_s, running.retry_s):
             return
         before = [live for live in self._live.values() if live.task.name == running.task.name]
@@ -885,8 +839,7 @@ class Server:
             return
         if running.model.number + len(before) >= running.task.rounds:
             return
-        running.lacks_devices = False
-        running.lacks_prekeys.clear()
+        running.try_anew()
         try:
             reason = self._try_ticket(running, now_s)
         except ParameterError as error:
@@ -898,15 +851,15 @@ class Server:
                 log.info("task %s waits: %s", running.task.name, reason)
                 self._on_event(events.Waiting(running.task.name, reason))
 
-    def _try_ticket(self, running: _Running, now_s: float) -> str | None:
+    def _try_ticket(self, running: RunningTask, now_s: float) -> str | None:
         """Issue the task's next ticket, or say why not."""
         task, planned = running.task, running.planned
         _, expires_s = rounds.ticket_times(task, now_s)
         self._refresh()
         devices = self._devices.values()
         silent = self._epochs.silent(devices, expires_s, now_s)
-        enrolled = sum(_takes_part(task, row) for row in devices)
-        ready = sum(_takes_part(task, row) and row.key not in silent for row in devices)
+        enrolled = sum(task.admits(row) for row in devices)
+        ready = sum(task.admits(row) and row.key not in silent for row in devices)
         if ready < task.cohort.expected:  # no epoch for each device that joins
             running.lacks_devices = True
             return f"{ready} of {enrolled} devices are ready, and the task plans with {task.cohort.expected:g}"
@@ -916,7 +869,7 @@ class Server:
         if fleet is None:
             return problem or "there is no epoch yet"
         in_roster = set(fleet.row.roster)
-        may = sum(row.key in in_roster and _takes_part(task, row) for row in devices)
+        may = sum(row.key in in_roster and task.admits(row) for row in devices)
         reason = rounds.why_not_yet(task, planned, fleet.epoch, may, expires_s)
         if reason is not None:
             return f"{reason}; {problem}" if problem else reason
@@ -957,10 +910,6 @@ class Server:
         self._batch.say(events.RoundOpened(task.name, ticket.round, ticket.n_max, ticket.closes_s))
         self._tell(task)
         return None
-
-
-def _takes_part(task: Task, row: DeviceRow) -> bool:
-    return row.role == "device" and (not task.participants or not row.tags.isdisjoint(task.participants))
 
 
 def _keep_prekeys(t: Transaction, member: bytes, fresh: dict[int, tuple[bytes, int]], now_s: float) -> None:

@@ -77,7 +77,7 @@ from msgspec import Meta
 
 from coordinator.adaptive import AdaptiveClip
 from coordinator.optimizer import Optimizer, pack_memory
-from coordinator.store import ModelRow, Store, StoreError, TaskRow
+from coordinator.store import DeviceRow, ModelRow, Store, StoreError, TaskRow
 from coordinator.toml_file import KeyPath, place, tables
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import ParameterError, PeerError
@@ -196,6 +196,10 @@ class Task(_Table, frozen=True):
         for path, fault in _faults(task):
             raise ParameterError(f"{source}, {place(text, path)}: {fault}")
         return task
+
+    def admits(self, device: DeviceRow) -> bool:
+        """Whether an enrolled device may take part: helpers do not, and tags choose if the task names any."""
+        return device.role == "device" and (not self.participants or not device.tags.isdisjoint(self.participants))
 
     @property
     def adaptive(self) -> AdaptiveClip | None:

@@ -1,0 +1,79 @@
+"""A task while the server has it: its newest models, who sent how often, and what its next ticket waits for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from coordinator.store import ModelRow, TaskRow, Transaction
+from coordinator.task import Planned, Task, load
+
+MODELS_SERVED = 3
+"""Newest models of a task that devices can fetch: who began before the last one was published ends in peace."""
+
+
+@dataclass
+class RunningTask:
+    """One task. A paused or ended one is still here: its devices may yet ask for its model."""
+
+    row: TaskRow
+    task: Task
+    planned: Planned
+    models: list[ModelRow]
+    """The newest ones, at least one, by number."""
+    sends: Counter[bytes] = field(default_factory=Counter)
+    """Contributions of each device, by key."""
+    next_s: float = 0.0
+    """No ticket before this time: the pause between rounds."""
+    retry_s: float = 0.0
+    """None is tried before this time, unless what lacked has come."""
+    reason: str = ""
+    """Why there is no ticket, as it was said last."""
+    lacks_devices: bool = False
+    lacks_prekeys: set[bytes] = field(default_factory=set)
+    """Members whose prekey the next ticket waits for, by key."""
+
+    @classmethod
+    def restore(cls, t: Transaction, row: TaskRow) -> RunningTask:
+        """The task of this row, with what the store has of it."""
+        task, planned = load(row)
+        models = t.newest_models(row.name, MODELS_SERVED)
+        sends: Counter[bytes] = Counter()
+        rosters: dict[int, tuple[bytes, ...]] = {}
+        for ended in t.rounds(row.name):
+            if ended.epoch not in rosters:
+                rosters[ended.epoch] = t.epoch(ended.epoch).roster
+            sends.update(rosters[ended.epoch][c.sender] for c in t.contributions(ended.tid))
+        return cls(row, task, planned, models, sends)
+
+    @property
+    def model(self) -> ModelRow:
+        """The newest one."""
+        return self.models[-1]
+
+    def publish(self, model: ModelRow) -> None:
+        """A round gave the next model."""
+        self.models = [*self.models, model][-MODELS_SERVED:]
+
+    # --- what the next ticket waits for
+
+    def try_anew(self) -> None:
+        """A ticket is tried now: what it lacks is found out again."""
+        self.lacks_devices = False
+        self.lacks_prekeys.clear()
+
+    def device_came(self) -> None:
+        """A device said Hello that was not there: if the ticket lacks devices, it is tried at once."""
+        if self.lacks_devices:
+            self.retry_s = 0.0
+
+    def prekeys_came(self, member: bytes) -> None:
+        """A member offered new prekeys: if it was the last one that the ticket waits for, that is tried at once."""
+        last = self.lacks_prekeys == {member}  # not at each one's: who joined meanwhile would be an epoch each
+        self.lacks_prekeys.discard(member)
+        if last or self.lacks_devices:
+            self.retry_s = 0.0
+
+    def round_ended(self, now_s: float) -> None:
+        """The pause begins."""
+        self.next_s, self.retry_s = now_s + self.task.schedule.pause_s, 0.0
