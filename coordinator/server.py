@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from coordinator.heads import Heads
 from coordinator.live import LiveRound, Opened, no_sums, slot_bytes
 from coordinator.mail import Mail
 from coordinator.optimizer import pack_memory, unpack_memory
+from coordinator.presence import Presence
 from coordinator.quotas import Quotas
 from coordinator.running import RunningTask
 from coordinator.shelf import Shelf
@@ -34,6 +34,7 @@ from coordinator.store import (
     Transaction,
 )
 from coordinator.task import Planned, Task, load
+from coordinator.welcome import Standing, welcome
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.crypto.sealing import check_prekey
 from edge_sdk.errors import ParameterError, PeerError, RoundAborted
@@ -60,23 +61,17 @@ from edge_sdk.protocol.rounds import Round, prekey_public, sign_ticket
 from edge_sdk.transport import Connected, Hub, Inbound, Lost
 from edge_sdk.transport.chunks import chunk_count
 from edge_sdk.transport.wire import (
-    MAX_TASKS,
     BlobRef,
     Chunk,
     Down,
-    Enrolment,
     Gone,
     Hello,
     Leaving,
     Letter,
-    Model,
-    Parcel,
     Prekeys,
     Pull,
     Refusal,
-    TaskState,
     Upload,
-    Welcome,
     decode_up,
     encode_frame,
 )
@@ -98,22 +93,6 @@ REMIND_S = 15.0
 frame may be lost, and by itself it asks every two minutes."""
 
 FRAMES_BETWEEN_PULLS = 16
-
-INLINE_TICKETS = 48 << 10
-"""Bytes of tickets in one Welcome; further ones are fetched."""
-
-
-@dataclass
-class _Present:
-    """A device that said Hello and has not left, as far as is known."""
-
-    tasks: frozenset[str] | None
-    """Those that it has examples for; None if it has not said so since the server started."""
-    heard: bool = True
-    """Whether our link has been up since its Hello: else what was sent to it may be lost."""
-
-    def trains(self, task: str) -> bool:
-        return self.tasks is None or task in self.tasks
 
 
 def _ignore(_: object) -> None:
@@ -157,7 +136,7 @@ class Server:
         """Whether a member's letters wait for what it fetches."""
         self._batch = Batch(store, on_event, passed)
         self._devices: dict[str, DeviceRow] = {}
-        self._present: dict[str, _Present] = {}
+        self._presence = Presence(self._mail, self._welcome_frame)
         self._shelf = Shelf(store.blob_path)
         self._seen: set[str] = set()
         self._epochs = Epochs(store, authority, self._shelf, self._on_epoch)
@@ -173,8 +152,7 @@ class Server:
         # one that is away is lost, which is nothing new.
         for device, row in self._devices.items():
             if row.last_seen_s is not None:
-                self._present[device] = _Present(None, heard=False)
-                self._welcome(device)
+                self._presence.presume(device)
 
     # --- the loop
 
@@ -200,10 +178,10 @@ class Server:
                         self._on_event(events.Refused(device, "it floods: frames that nobody asked for are dropped"))
                 case Connected():
                     log.info("connected to the broker")
-                    self._doubt_presence()
+                    self._presence.doubt()
                 case Lost(reason):
                     log.warning("lost the broker: %s", reason)
-                    self._doubt_presence()
+                    self._presence.doubt()
         self._look(now_s)
         for live in list(self._live.values()):
             self._advance(live, now_s)
@@ -242,7 +220,7 @@ class Server:
             elif isinstance(live.state, Collecting):
                 grace = live.task.schedule.grace_s
                 due = min(due, rounds.seal_due_s(live.state, live.full_at_s, grace) - now_s)
-            if live.behind(self._present):
+            if live.behind(self._presence):
                 due = min(due, 0.1)
         return max(due, 0.0)
 
@@ -269,15 +247,14 @@ class Server:
             rows = t.tasks()
             new = {row.name: RunningTask.restore(t, row) for row in rows if row.name not in self._tasks}
         self._devices = {row.key.hex(): row for row in devices if row.revoked_s is None}
-        for device in set(self._present) - set(self._devices):
+        for device in set(self._presence) - set(self._devices):
             self._leave(device)
         for row in rows:
             if row.name in self._tasks:
                 self._tasks[row.name].row = row
                 continue
             self._tasks[row.name] = new[row.name]
-            for device in self._present:
-                self._welcome(device)
+            self._presence.welcome_all()
         self._fill_shelf()
         if newest is not None:
             self._epochs.begin(newest)
@@ -285,8 +262,7 @@ class Server:
     def _on_epoch(self, in_force: InForce) -> None:
         row = in_force.row
         self._on_event(events.EpochBegan(row.number, len(row.roster), len(in_force.epoch.members)))
-        for device in self._present:
-            self._welcome(device)
+        self._presence.welcome_all()
 
     def _restore_rounds(self) -> None:
         with self._store.reading() as t:
@@ -370,10 +346,8 @@ class Server:
         self._mail.answer(device, encode_frame(frame))
 
     def _on_hello(self, device: str, hello: Hello, now_s: float) -> None:
-        before = self._present.get(device)
-        self._present[device] = _Present(frozenset(position.task for position in hello.tasks))
+        before = self._presence.hello(device, (position.task for position in hello.tasks))
         self._seen.add(device)
-        self._welcome(device)
         if before is None:
             for running in self._tasks.values():
                 running.device_came()
@@ -384,12 +358,8 @@ class Server:
                 if post.device == device:
                     post.again()
 
-    def _doubt_presence(self) -> None:
-        for present in self._present.values():
-            present.heard = False
-
     def _leave(self, device: str) -> None:
-        self._present.pop(device, None)
+        self._presence.leave(device)
         self._arrivals.leave(device)
         self._mail.forget(device)
         for live in self._live.values():
@@ -397,46 +367,21 @@ class Server:
                 if post.device == device:
                     post.pulling.clear()
 
-    def _welcome(self, device: str) -> None:
-        """Tell a device where things stand, when there is room."""
-        self._mail.note(device, lambda: self._welcome_frame(device))
-
     def _welcome_frame(self, device: str) -> bytes | None:
-        present, row = self._present.get(device), self._devices.get(device)
+        """Where things stand, for a device that is there and enrolled."""
+        present, row = self._presence.get(device), self._devices.get(device)
         if present is None or row is None:
             return None
-        fleet, enrolment = self._epochs.in_force, None
-        if fleet is not None and row.role == "device":
-            try:
-                index, proof = fleet.roster.enrolment(row.key)
-                enrolment = Enrolment(index, list(proof))
-            except ParameterError:
-                pass  # enrolled after the roster was frozen: the next epoch holds it
-        known = self._heads.longest(row.key)
-        shown = messages.decode(Signed, known.signed) if known is not None else None
-        states, inline = [], len(known.signed) if known is not None else 0
+        standings = []
         for name, running in self._tasks.items():
             live = self._open_round(name)
             serves = live is not None and any(post.device == device for post in live.posts.values())
-            if not serves and not (present.trains(name) and running.task.admits(row)):
-                continue
-            ticket: Parcel | None = None
-            model = running.model
-            if live is not None:
-                data = messages.encode(live.round.signed)
-                inline += len(data)
-                ticket = self._shelf.parcel(live.tid, data, inline=inline <= INLINE_TICKETS)
-                # Whoever takes the ticket needs the model that it names, though a newer one may be out.
-                model = next((m for m in running.models if m.number == live.number_of_model), model)
-            states.append(self._task_state(running, model, ticket))
-        epoch = fleet.parcel if fleet is not None else None
-        return encode_frame(Welcome(int(self._clock()), epoch, enrolment, states[:MAX_TASKS], shown))
-
-    def _task_state(self, running: RunningTask, model: ModelRow, ticket: Parcel | None) -> TaskState:
-        planned = running.planned
-        signed = messages.sign(self._identity, Model(running.task.name, model.number, planned.bundle, model.parameters))
-        bundle, parameters = (self._shelf.file(name) for name in (running.row.bundle_file, model.parameters))
-        return TaskState(messages.encode(signed), bundle, parameters, ticket)
+            if serves or (present.trains(name) and running.task.admits(row)):
+                standings.append(Standing(running, live))
+        epoch, shown = self._epochs.in_force, self._heads.longest(row.key)
+        return encode_frame(
+            welcome(row, epoch, shown, standings, identity=self._identity, shelf=self._shelf, now_s=self._clock())
+        )
 
     def _open_round(self, task: str) -> LiveRound | None:
         """The task's round that takes contributions."""
@@ -669,7 +614,7 @@ class Server:
         self._held_back = False
         for live in self._live.values():
             for post in live.posts.values():
-                if post.device not in self._present:
+                if post.device not in self._presence:
                     continue
                 live.repeat(post, now_s)
                 if self._mail.owes(post.device, post.fetched):
@@ -712,10 +657,10 @@ class Server:
     def _remind(self, live: LiveRound) -> None:
         """Welcome again who is there, may contribute and has neither done so nor begun to."""
         taken = {messages.decode(Header, header.body).key.hex() for header in live.headers}
-        for device, present in self._present.items():
-            may = present.trains(live.task.name) and live.task.admits(self._devices[device])
+        for device in self._presence.training(live.task.name):
+            may = live.task.admits(self._devices[device])
             if may and device not in taken and not self._arrivals.is_sending(device):
-                self._welcome(device)
+                self._presence.welcome(device)
 
     def _seal(self, live: LiveRound, state: Collecting, now_s: float) -> None:
         result = aggregator.seal(state, self._identity, now_s)
@@ -759,12 +704,8 @@ class Server:
 
     def _tell(self, task: Task) -> None:
         """Something of the task changed: say so to those that are present and take part."""
-        serving = {
-            post.device for live in self._live.values() if live.task.name == task.name for post in live.posts.values()
-        }
-        for device, present in self._present.items():
-            if present.trains(task.name) or device in serving:
-                self._welcome(device)
+        rounds_of_it = [live for live in self._live.values() if live.task.name == task.name]
+        self._presence.tell(task.name, {post.device for live in rounds_of_it for post in live.posts.values()})
 
     # --- opening
 

@@ -32,8 +32,8 @@ from hypothesis import strategies as st
 
 from coordinator import events
 from coordinator import store as store_module
-from coordinator.server import INLINE_TICKETS
 from coordinator.store import Store, StoreError, Vectors
+from coordinator.welcome import INLINE_TICKETS
 from edge_sdk.crypto.hashing import content_hash
 from edge_sdk.errors import TransportError
 from edge_sdk.protocol import messages
