@@ -28,6 +28,7 @@ class Batch:
 
     def take(self, live: LiveRound, row: ContributionRow) -> None:
         """A contribution that has its slot: the round's vectors are flushed before its row is written."""
+        self._passed("vector written")
         self._taken.setdefault(live.tid, (live, []))[1].append(row)
 
     def write(self, effect: Effect) -> None:

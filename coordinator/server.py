@@ -34,25 +34,22 @@ from coordinator.store import (
     Transaction,
 )
 from coordinator.task import Planned, Task, load
+from coordinator.uploads import Uploads
 from coordinator.welcome import Standing, welcome
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.crypto.sealing import check_prekey
 from edge_sdk.errors import ParameterError, PeerError, RoundAborted
 from edge_sdk.protocol import aggregator, messages
 from edge_sdk.protocol.aggregator import Aborted, Certified, Collecting, Done, Sealed
-from edge_sdk.protocol.anchors import LedgerForked
 from edge_sdk.protocol.authority import FIRST
-from edge_sdk.protocol.contributor import Contribution
 from edge_sdk.protocol.messages import (
     Abort,
     Complaint,
     Header,
     PrekeyOffer,
-    Receipt,
     Release,
     SealSignature,
     Signed,
-    message_hash,
     unwrap,
     verify,
     wrap,
@@ -70,7 +67,6 @@ from edge_sdk.transport.wire import (
     Letter,
     Prekeys,
     Pull,
-    Refusal,
     Upload,
     decode_up,
     encode_frame,
@@ -146,6 +142,9 @@ class Server:
         self._changes = -1
         self._look_s = 0.0
         self._heads = Heads(store)
+        self._uploads = Uploads(
+            store, identity, self._live, arrivals=self._arrivals, heads=self._heads, batch=self._batch, mail=self._mail
+        )
         self._refresh()
         self._restore_rounds()
         # Over a broker that is not ours devices do not notice a restart, so they will not say Hello. What is sent to
@@ -327,7 +326,7 @@ class Server:
                 case Letter():
                     self._on_letter(device, frame, now_s)
                 case Upload():
-                    self._on_upload(device, frame, now_s)
+                    self._uploads.offer(self._devices[device], frame, now_s)
                 case Chunk():
                     self._on_chunk(device, frame, now_s)
                 case Pull():
@@ -419,62 +418,6 @@ class Server:
 
     # --- uploads
 
-    def _on_upload(self, device: str, frame: Upload, now_s: float) -> None:
-        header = messages.decode(Header, frame.header.body)
-        digest = message_hash(Header, frame.header.body)
-        if header.key.hex() != device:
-            raise PeerError("upload: its header names another device")
-        live = self._live.get(header.tid)
-        if self._receipt_again(device, header, digest, live):
-            return
-        refusal = self._why_not(device, header, live, now_s)
-        if refusal is not None:
-            self._arrivals.end(device, frame.blob.id)
-            self._answer(device, Refusal(digest, refusal, final=True))
-            raise RoundAborted(f"upload: {refusal}")
-        if live is not None and frame.blob.size != live.upload_bytes:
-            self._answer(device, Refusal(digest, "the upload has not the ticket's size", final=True))
-            raise PeerError(f"upload: {frame.blob.size} bytes instead of {live.upload_bytes}")
-        if live is None or self._arrivals.holds(device, frame.blob.id):
-            checked = None  # and not needed: the header that came first stays
-        else:
-            try:
-                checked = live.round.check_header(frame.header)  # memory is for those who may contribute
-            except PeerError as error:
-                self._answer(device, Refusal(digest, str(error)[:512], final=True))
-                raise
-        self._arrivals.ask(device, frame.blob, frame.header, header.tid, now_s, checked=checked)
-
-    def _receipt_again(self, device: str, header: Header, digest: bytes, live: LiveRound | None) -> bool:
-        """Answer with the receipt if this contribution was taken, also after the round: the first may be lost.
-
-        Raises PeerError if another one of this sender was.
-        """
-        taken = live.digests.get(header.sender) if live is not None else self._taken(header)
-        if taken is None:
-            return False
-        if taken != digest:
-            self._answer(device, Refusal(digest, "another contribution of this device was taken", final=True))
-            raise PeerError(f"upload: sender {header.sender} already sent another one in this round")
-        receipt = messages.sign(self._identity, Receipt(header.tid, header.sender, digest))
-        self._answer(device, Letter(wrap(Receipt, receipt)))
-        return True
-
-    def _taken(self, header: Header) -> bytes | None:
-        with self._store.reading() as t:
-            return t.contribution_of(header.tid, header.sender)
-
-    def _why_not(self, device: str, header: Header, live: LiveRound | None, now_s: float) -> str | None:
-        if live is None:
-            return "the round has ended, or never was"
-        if not isinstance(live.state, Collecting) or now_s >= live.round.ticket.closes_s:
-            return "the round has closed"
-        if len(live.state.entries) >= live.round.ticket.n_max:
-            return f"the round has its {live.round.ticket.n_max} contributions"
-        if not live.task.admits(self._devices[device]):
-            return "this device does not bear the task's tags"
-        return None
-
     def _on_chunk(self, device: str, chunk: Chunk, now_s: float) -> None:
         if not self._arrivals.holds(device, chunk.blob):
             return  # late or repeated: what it was for is dealt with
@@ -492,47 +435,13 @@ class Server:
                 self._arrivals.end(device, chunk.blob)
 
     def _take(self, device: str, arrival: Arrival, signed: Signed, view: memoryview, now_s: float) -> None:
-        """A whole upload: into the round, or back with the reason."""
-        header = messages.decode(Header, signed.body)
-        digest = message_hash(Header, signed.body)
-        live = self._live.get(header.tid)
-        if self._receipt_again(device, header, digest, live):
+        header = self._uploads.take(self._devices[device], arrival, signed, view, now_s)
+        if header is None:
             return
-        refusal = self._why_not(device, header, live, now_s)
-        if live is None or refusal is not None or len(view) != live.upload_bytes:
-            self._answer(device, Refusal(digest, refusal or "the upload has not the ticket's size", final=True))
-            raise RoundAborted(f"upload: {refusal}")
-        contribution = Contribution(signed, view[: live.masked_bytes], bytes(view[live.masked_bytes :]))  # type: ignore[arg-type]
-        try:
-            accepted = aggregator.accept(
-                live.state, contribution, self._identity, now_s, self._heads.anchors, checked=arrival.checked
-            )
-        except LedgerForked:
-            self._batch.write(self._heads.keep_fork(live.round.ticket, header, signed))
-            self._answer(device, Refusal(digest, "its ledger was rolled back or cloned: enrol it anew", final=True))
-            raise
-        except (PeerError, RoundAborted) as error:
-            if isinstance(error, PeerError) and arrival.recheck():
-                raise PeerError("upload: chunks were damaged under way, and are asked for again") from error
-            self._answer(device, Refusal(digest, str(error)[:512], final=True))
-            raise
-        if accepted.shares is None or not isinstance(accepted.state, Collecting):
-            self._answer(device, Letter(accepted.receipt))
-            return
-        live.state = accepted.state
-        row, arrival.is_free = live.take(header.sender, live.state.entries[header.sender], view, accepted.shares)
-        self._passed("vector written")
-        self._heads.note(header, signed)
-        self._batch.take(live, row)
         self._seen.add(device)
-        running = self._tasks.get(live.task.name)
+        running = self._tasks.get(self._live[header.tid].task.name)
         if running is not None:
             running.sends[header.key] += 1
-        if len(live.slots) >= live.round.ticket.n_max:
-            live.full_at_s = now_s
-        ticket = live.round.ticket
-        self._batch.say(events.Contributed(ticket.task, ticket.round, device, len(live.slots), arrival.ref.size))
-        self._answer(device, Letter(accepted.receipt))
 
     # --- members
 
