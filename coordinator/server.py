@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-
-import numpy as np
 
 from coordinator import events, rounds
 from coordinator.arrivals import Arrival, Arrivals
@@ -21,7 +18,7 @@ from coordinator.events import Event
 from coordinator.heads import Heads
 from coordinator.live import LiveRound, Opened, no_sums, slot_bytes
 from coordinator.mail import Mail
-from coordinator.optimizer import pack_memory, unpack_memory
+from coordinator.opening import Opener
 from coordinator.presence import Presence
 from coordinator.quotas import Quotas
 from coordinator.running import RunningTask
@@ -138,7 +135,7 @@ class Server:
         self._epochs = Epochs(store, authority, self._shelf, self._on_epoch)
         self._tasks: dict[str, RunningTask] = {}
         self._live: dict[bytes, LiveRound] = {}
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="opening")
+        self._opener = Opener(store, identity, entropy, passed)
         self._changes = -1
         self._look_s = 0.0
         self._heads = Heads(store)
@@ -201,7 +198,7 @@ class Server:
 
     def close(self) -> None:
         """Stop. Nothing needs to be said or written: what counts is on disk."""
-        self._worker.shutdown(wait=True)
+        self._opener.close()
         for live in self._live.values():
             live.vectors.close()
         self._shelf.close()
@@ -561,7 +558,7 @@ class Server:
                 # Not what the store has: the round before may have ended in this very step, and is not written yet.
                 running = self._tasks.get(ticket.task)
                 base = running.model if running is not None else None
-                live.opening = self._worker.submit(self._open, live, state, base, final)
+                live.opening = self._opener.submit(live, state, base, final)
 
     def _remind(self, live: LiveRound) -> None:
         """Welcome again who is there, may contribute and has neither done so nor begun to."""
@@ -615,28 +612,6 @@ class Server:
         """Something of the task changed: say so to those that are present and take part."""
         rounds_of_it = [live for live in self._live.values() if live.task.name == task.name]
         self._presence.tell(task.name, {post.device for live in rounds_of_it for post in live.posts.values()})
-
-    # --- opening
-
-    def _open(self, live: LiveRound, state: Certified, base: ModelRow | None, final: bool) -> Opened:
-        """In the worker: nothing of the server is changed here but files by content hash. base: the newest model."""
-        result = aggregator.open_round(state, live.sums_of_sealed(state.groups), self._identity, final=final)
-        if isinstance(result, Certified):
-            return Opened(result, None, None, "")
-        if base is None:
-            return Opened(result, None, None, "the task has no model")
-        parameters = np.frombuffer(self._store.blob(base.parameters), dtype="<f4").astype(np.float32)
-        memory = unpack_memory(self._store.blob(base.memory)) if base.memory is not None else {}
-        try:
-            model = rounds.next_model(live.task, live.round, result, parameters, memory, base.number, self._entropy(32))
-        except RoundAborted as error:
-            return Opened(result, None, None, str(error))
-        files = (
-            self._store.put_blob(model.parameters.astype("<f4").tobytes()),
-            self._store.put_blob(pack_memory(model.memory)),
-        )
-        self._passed("model written")
-        return Opened(result, model, files, "; ".join(dict.fromkeys(result.reasons.values())))
 
     def _opened(self, live: LiveRound, opened: Opened, now_s: float) -> None:
         state = live.state

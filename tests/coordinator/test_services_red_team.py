@@ -80,8 +80,8 @@ def test_a_round_that_is_opened_beside_the_last_ones_commit_builds_on_its_model(
     monkeypatch.setattr(server_module.rounds, "next_model", recording)
     fleet = make(tmp_path, rounds=2, schedule="overlap = true")
     worker = HeldWorker()
-    fleet.server._worker.shutdown()
-    fleet.server._worker = worker
+    fleet.server._opener.close()
+    fleet.server._opener._worker = worker
 
     def both_answered():
         live = list(fleet.server._live.values())
