@@ -19,6 +19,7 @@ from coordinator.heads import Heads
 from coordinator.live import LiveRound, Opened, no_sums, slot_bytes
 from coordinator.mail import Mail
 from coordinator.opening import Opener
+from coordinator.prekeys import Chosen, choose, keeping, new_offers
 from coordinator.presence import Presence
 from coordinator.quotas import Quotas
 from coordinator.running import RunningTask
@@ -34,7 +35,6 @@ from coordinator.task import Planned, Task, load
 from coordinator.uploads import Uploads
 from coordinator.welcome import Standing, welcome
 from edge_sdk.crypto.identity import Identity
-from edge_sdk.crypto.sealing import check_prekey
 from edge_sdk.errors import ParameterError, PeerError, RoundAborted
 from edge_sdk.protocol import aggregator, messages
 from edge_sdk.protocol.aggregator import Aborted, Certified, Collecting, Done, Sealed
@@ -43,15 +43,13 @@ from edge_sdk.protocol.messages import (
     Abort,
     Complaint,
     Header,
-    PrekeyOffer,
     Release,
     SealSignature,
     Signed,
     unwrap,
-    verify,
     wrap,
 )
-from edge_sdk.protocol.rounds import Round, prekey_public, sign_ticket
+from edge_sdk.protocol.rounds import Round, sign_ticket
 from edge_sdk.transport import Connected, Hub, Inbound, Lost
 from edge_sdk.transport.chunks import chunk_count
 from edge_sdk.transport.wire import (
@@ -72,8 +70,6 @@ from edge_sdk.transport.wire import (
 log = logging.getLogger(__name__)
 
 UPLOAD_MEMORY = 32 << 20
-MAX_SPARE_PREKEYS = 256
-"""Unused offers that are kept of one member."""
 
 LOOK_S = 0.5
 """How often the store is asked whether a command changed something."""
@@ -390,26 +386,9 @@ class Server:
     def _on_prekeys(self, device: str, frame: Prekeys, now_s: float) -> None:
         key = bytes.fromhex(device)
         with self._store.reading() as t:
-            spare = t.spare_prekeys(key, now_s)
-            fresh: dict[int, tuple[bytes, int]] = {}
-            for signed in frame.offers:
-                offer = verify(PrekeyOffer, key, signed)
-                if (offer.fleet, offer.member) != (self._authority.public_key, key):
-                    raise PeerError(f"prekey {offer.serial}: for another fleet or member")
-                data = messages.encode(signed)
-                before = fresh[offer.serial][0] if offer.serial in fresh else t.prekey(key, offer.serial)
-                if before is not None:
-                    if before != data:
-                        raise PeerError(
-                            f"prekey {offer.serial}: another one than it offered before: a rolled-back member"
-                        )
-                    continue
-                if offer.expires_s <= now_s or spare + len(fresh) >= MAX_SPARE_PREKEYS:
-                    continue
-                check_prekey(prekey_public(offer))
-                fresh[offer.serial] = (data, offer.expires_s)
+            fresh = new_offers(t, self._authority.public_key, key, frame.offers, now_s)
         if fresh:
-            self._batch.write(lambda t: _keep_prekeys(t, key, fresh, now_s))
+            self._batch.write(keeping(key, fresh, now_s))
             for running in self._tasks.values():
                 running.prekeys_came(key)
 
@@ -698,22 +677,17 @@ class Server:
         reason = rounds.why_not_yet(task, planned, fleet.epoch, may, expires_s)
         if reason is not None:
             return f"{reason}; {problem}" if problem else reason
-        used, offers = [], []
         with self._store.reading() as t:
-            for member in fleet.epoch.members:
-                found = t.next_prekey(member.key, expires_s)
-                if found is None:
-                    running.lacks_prekeys.update(m.key for m in fleet.epoch.members)
-                    running.lacks_prekeys -= t.members_with_prekeys(expires_s)
-                    return f"member {member.key.hex()[:16]} has offered no prekey that lives as long as the ticket"
-                used.append((member.key, found[0]))
-                offers.append(messages.decode(Signed, found[1]))
+            chosen = choose(t, [member.key for member in fleet.epoch.members], expires_s)
+            if not isinstance(chosen, Chosen):
+                running.lacks_prekeys.update(chosen)
+                return f"member {chosen[0].hex()[:16]} has offered no prekey that lives as long as the ticket"
             last, row = t.last_round(task.name), t.task(task.name)
         if row is None or row.state != "running":
             return "the task was paused"
         ticket = rounds.make_ticket(
             task, planned, fleet.epoch, running.model,
-            number=row.next_round, previous=last.tid if last is not None else FIRST, offers=offers, now_s=now_s,
+            number=row.next_round, previous=last.tid if last is not None else FIRST, offers=chosen.offers, now_s=now_s,
         )  # fmt: skip
         round_ = sign_ticket(self._identity, fleet.epoch, ticket)
         if slot_bytes(round_) > self._arrivals.memory_bytes:
@@ -726,7 +700,7 @@ class Server:
             running.model.number, "COLLECT", now_s, None, None, None, None, None, "",
         )  # fmt: skip
         with self._store.transaction() as t:  # at once: another task must not find the same prekeys
-            t.add_round(round_row, used)
+            t.add_round(round_row, chosen.used)
             self._passed("before commit")
         self._passed("committed")
         self._live[round_.tid] = self._new_round(task, planned, round_, running.model.number, Collecting(round_))
@@ -735,10 +709,3 @@ class Server:
         self._batch.say(events.RoundOpened(task.name, ticket.round, ticket.n_max, ticket.closes_s))
         self._tell(task)
         return None
-
-
-def _keep_prekeys(t: Transaction, member: bytes, fresh: dict[int, tuple[bytes, int]], now_s: float) -> None:
-    t.forget_prekeys(now_s)  # else offers of short lives would fill the disk: only living ones are counted
-    for serial, (offer, expires_s) in fresh.items():
-        if t.prekey(member, serial) is None:
-            t.add_prekey(member, serial, offer, expires_s)
