@@ -3,6 +3,11 @@
 Every step handles a batch. What the batch changes is collected; vectors are flushed, then rows are written in one
 transaction, then the answers leave. So a kill loses only what nobody was told, and a restart goes on with the same
 rounds. If the transaction fails, memory is ahead of the disk: the error ends the server, which starts again from disk.
+
+What the loop needs to know and to decide has modules of its own, and none of them knows the server: who is there
+(`presence`), the epoch in force (`epochs`), tasks (`running`) and rounds (`live`), uploads on their way (`arrivals`)
+and into a round (`uploads`), prekeys and ledger heads (`prekeys`, `heads`), what goes out (`mail`, `welcome`, `shelf`),
+what waits to be written (`batch`). Only opening runs beside the loop (`opening`).
 """
 
 from __future__ import annotations
@@ -24,13 +29,7 @@ from coordinator.presence import Presence
 from coordinator.quotas import Quotas
 from coordinator.running import RunningTask
 from coordinator.shelf import Shelf
-from coordinator.store import (
-    DeviceRow,
-    ModelRow,
-    RoundRow,
-    Store,
-    Transaction,
-)
+from coordinator.store import DeviceRow, ModelRow, RoundRow, Store, Transaction
 from coordinator.task import Planned, Task, load
 from coordinator.uploads import Uploads
 from coordinator.welcome import Standing, welcome
@@ -38,7 +37,7 @@ from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError, PeerError, RoundAborted
 from edge_sdk.protocol import aggregator, messages
 from edge_sdk.protocol.aggregator import Aborted, Certified, Collecting, Done, Sealed
-from edge_sdk.protocol.authority import FIRST
+from edge_sdk.protocol.authority import FIRST, FleetEpoch
 from edge_sdk.protocol.messages import (
     Abort,
     Complaint,
@@ -117,27 +116,29 @@ class Server:
         store.sweep()
         self._store, self._hub, self._identity, self._authority = store, hub, identity, authority
         self._clock, self._entropy, self._on_event, self._passed = clock, entropy, on_event, passed
-        self._arrivals = Arrivals(upload_memory)
         self._quotas, self._keep_out = Quotas(), keep_out
         self._kept_out: frozenset[str] = frozenset()
-        self._mail = Mail(hub)
+        self._devices: dict[str, DeviceRow] = {}
+        """Those that are enrolled and not revoked, by name: their keys in hexadecimal."""
+        self._seen: set[str] = set()
+        """Who said something since the last commit."""
+        self._tasks: dict[str, RunningTask] = {}
+        self._live: dict[bytes, LiveRound] = {}
+        self._changes = -1
+        self._look_s = 0.0
         self._held_back = False
         """Whether a member's letters wait for what it fetches."""
         self._batch = Batch(store, on_event, passed)
-        self._devices: dict[str, DeviceRow] = {}
+        self._mail = Mail(hub)
         self._presence = Presence(self._mail, self._welcome_frame)
         self._shelf = Shelf(store.blob_path)
-        self._seen: set[str] = set()
         self._epochs = Epochs(store, authority, self._shelf, self._on_epoch)
-        self._tasks: dict[str, RunningTask] = {}
-        self._live: dict[bytes, LiveRound] = {}
-        self._opener = Opener(store, identity, entropy, passed)
-        self._changes = -1
-        self._look_s = 0.0
         self._heads = Heads(store)
+        self._arrivals = Arrivals(upload_memory)
         self._uploads = Uploads(
             store, identity, self._live, arrivals=self._arrivals, heads=self._heads, batch=self._batch, mail=self._mail
         )
+        self._opener = Opener(store, identity, entropy, passed)
         self._refresh()
         self._restore_rounds()
         # Over a broker that is not ours devices do not notice a restart, so they will not say Hello. What is sent to
@@ -547,6 +548,8 @@ class Server:
             if may and device not in taken and not self._arrivals.is_sending(device):
                 self._presence.welcome(device)
 
+    # --- a round's seal and end
+
     def _seal(self, live: LiveRound, state: Collecting, now_s: float) -> None:
         result = aggregator.seal(state, self._identity, now_s)
         self._batch.write(self._heads.keep(live.round.ticket, live.headers))
@@ -570,27 +573,6 @@ class Server:
             self._answer(post.device, Letter(wrap(Abort, aborted.notice)))
         self._batch.say(events.RoundAborted(ticket.task, ticket.round, reason))
         self._end(live, now_s)
-
-    def _end(self, live: LiveRound, now_s: float) -> None:
-        """The round is over: after the rows are written its files go."""
-        del self._live[live.tid]
-        self._arrivals.end_round(live.tid)
-        running = self._tasks.get(live.task.name)
-        if running is not None:
-            running.round_ended(now_s)
-
-        def erase() -> None:
-            live.vectors.close()
-            self._store.erase_round(live.tid)
-            self._fill_shelf()
-            self._tell(live.task)
-
-        self._batch.follow(erase)
-
-    def _tell(self, task: Task) -> None:
-        """Something of the task changed: say so to those that are present and take part."""
-        rounds_of_it = [live for live in self._live.values() if live.task.name == task.name]
-        self._presence.tell(task.name, {post.device for live in rounds_of_it for post in live.posts.values()})
 
     def _opened(self, live: LiveRound, opened: Opened, now_s: float) -> None:
         state = live.state
@@ -633,6 +615,27 @@ class Server:
             self._batch.say(events.TaskDone(ticket.task))
         self._end(live, now_s)
 
+    def _end(self, live: LiveRound, now_s: float) -> None:
+        """The round is over: after the rows are written its files go."""
+        del self._live[live.tid]
+        self._arrivals.end_round(live.tid)
+        running = self._tasks.get(live.task.name)
+        if running is not None:
+            running.round_ended(now_s)
+
+        def erase() -> None:
+            live.vectors.close()
+            self._store.erase_round(live.tid)
+            self._fill_shelf()
+            self._tell(live.task)
+
+        self._batch.follow(erase)
+
+    def _tell(self, task: Task) -> None:
+        """Something of the task changed: say so to those that are present and take part."""
+        rounds_of_it = [live for live in self._live.values() if live.task.name == task.name]
+        self._presence.tell(task.name, {post.device for live in rounds_of_it for post in live.posts.values()})
+
     # --- the next ticket
 
     def _next_ticket(self, running: RunningTask, now_s: float) -> None:
@@ -657,7 +660,7 @@ class Server:
 
     def _try_ticket(self, running: RunningTask, now_s: float) -> str | None:
         """Issue the task's next ticket, or say why not."""
-        task, planned = running.task, running.planned
+        task = running.task
         _, expires_s = rounds.ticket_times(task, now_s)
         self._refresh()
         devices = self._devices.values()
@@ -669,16 +672,21 @@ class Server:
             return f"{ready} of {enrolled} devices are ready, and the task plans with {task.cohort.expected:g}"
         groups = [running.planned.groups for running in self._tasks.values()]
         problem = self._epochs.renew(devices, groups, expires_s, now_s)
-        fleet = self._epochs.in_force
-        if fleet is None:
+        in_force = self._epochs.in_force
+        if in_force is None:
             return problem or "there is no epoch yet"
-        in_roster = set(fleet.row.roster)
+        in_roster = set(in_force.row.roster)
         may = sum(row.key in in_roster and task.admits(row) for row in devices)
-        reason = rounds.why_not_yet(task, planned, fleet.epoch, may, expires_s)
+        reason = rounds.why_not_yet(task, running.planned, in_force.epoch, may, expires_s)
         if reason is not None:
             return f"{reason}; {problem}" if problem else reason
+        return self._issue(running, in_force.epoch, expires_s, now_s)
+
+    def _issue(self, running: RunningTask, epoch: FleetEpoch, expires_s: int, now_s: float) -> str | None:
+        """A ticket of this epoch, and the round that it opens. Returns why there is none, or None."""
+        task, planned = running.task, running.planned
         with self._store.reading() as t:
-            chosen = choose(t, [member.key for member in fleet.epoch.members], expires_s)
+            chosen = choose(t, [member.key for member in epoch.members], expires_s)
             if not isinstance(chosen, Chosen):
                 running.lacks_prekeys.update(chosen)
                 return f"member {chosen[0].hex()[:16]} has offered no prekey that lives as long as the ticket"
@@ -686,17 +694,17 @@ class Server:
         if row is None or row.state != "running":
             return "the task was paused"
         ticket = rounds.make_ticket(
-            task, planned, fleet.epoch, running.model,
+            task, planned, epoch, running.model,
             number=row.next_round, previous=last.tid if last is not None else FIRST, offers=chosen.offers, now_s=now_s,
         )  # fmt: skip
-        round_ = sign_ticket(self._identity, fleet.epoch, ticket)
+        round_ = sign_ticket(self._identity, epoch, ticket)
         if slot_bytes(round_) > self._arrivals.memory_bytes:
             return (
                 f"an upload has {slot_bytes(round_)} bytes, and uploads may take {self._arrivals.memory_bytes}: raise "
                 "[limits] upload_memory_mb in coordinator.toml"
             )
         round_row = RoundRow(
-            round_.tid, task.name, ticket.round, fleet.row.number, messages.encode(round_.signed),
+            round_.tid, task.name, ticket.round, epoch.number, messages.encode(round_.signed),
             running.model.number, "COLLECT", now_s, None, None, None, None, None, "",
         )  # fmt: skip
         with self._store.transaction() as t:  # at once: another task must not find the same prekeys
