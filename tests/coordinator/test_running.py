@@ -53,7 +53,10 @@ def test_a_devices_contributions_are_counted_over_epochs_whatever_its_place_in_t
 
 def test_the_last_prekey_that_is_waited_for_has_the_ticket_tried_at_once_and_no_other_does(store):
     running = restored(store)
-    running.retry_s, running.lacks_prekeys = 5.0, {b"one", b"two"}
+    running.retry_s = 5.0
+    running.prekeys_came(b"one")
+    assert running.retry_s == 5.0, "none was waited for"
+    running.lacks_prekeys = {b"one", b"two"}
     tried = []
     for member in (b"three", b"one", b"one", b"two"):
         running.prekeys_came(member)
