@@ -47,18 +47,19 @@ class Batch:
         """Write everything, then do what follows. What is collected meanwhile is the next batch."""
         taken, effects, after = self._taken, self._effects, self._after
         self._taken, self._effects, self._after = {}, [], []
-        for tid, (live, contributions) in taken.items():  # a round may have ended since it took them
+        first: list[Effect] = []  # a round may have ended since it took them, and takes its rows with it
+        for tid, (live, contributions) in taken.items():
             live.vectors.sync()
             self._passed("vectors synced")
-            effects.insert(0, _adding(tid, contributions))
+            first.append(_adding(tid, contributions))
             if live.wants_checkpoint():
                 slots, name = live.save()
                 self._passed("sums saved")
-                effects.append(_checkpointing(tid, slots, name))
+                first.append(_checkpointing(tid, slots, name))
                 after.append(lambda live=live, slots=slots: live.vectors.drop_sums(but=slots))  # type: ignore[misc]
-        if effects:
+        if first or effects:
             with self._store.transaction() as t:
-                for effect in effects:
+                for effect in (*first, *effects):
                     effect(t)
                 self._passed("before commit")
             self._passed("committed")

@@ -59,9 +59,11 @@ def keeping(member: bytes, fresh: Mapping[int, Offer], now_s: float) -> Effect:
 
     def write(t: Transaction) -> None:
         t.forget_prekeys(now_s)  # else offers of short lives would fill the disk: only living ones are counted
+        room = MAX_SPARE_PREKEYS - t.spare_prekeys(member, now_s)  # an earlier frame of the batch may have brought some
         for serial, offer in fresh.items():
-            if t.prekey(member, serial) is None:  # an earlier frame of the same batch may have brought it
+            if room > 0 and t.prekey(member, serial) is None:
                 t.add_prekey(member, serial, offer.signed, offer.expires_s)
+                room -= 1
 
     return write
 

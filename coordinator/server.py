@@ -158,15 +158,16 @@ class Server:
         """Handle what came within `timeout_s`, and what is due. See the module's docstring for the order."""
         inbound = self._hub.receive(timeout_s)
         now_s = self._clock()
+        self._look(now_s)
         for handled, item in enumerate(inbound):
             if handled % FRAMES_BETWEEN_PULLS == 0:
                 self._send_pulls(now_s)  # so that the next uploads are on their way while these are handled
             match item:
                 case Inbound(device, frame):
-                    # All that are unknown share one account: there may be any number of them.
-                    if self._quotas.take(device if device in self._devices else "", now_s):
+                    account = self._account(device)
+                    if self._quotas.take(account, now_s):
                         self._on_frame(device, frame, now_s)
-                    elif self._quotas.dropped(device) == 1:
+                    elif self._quotas.dropped(account) == 1:
                         log.warning("device %s: it floods: frames that nobody asked for are dropped", device[:16])
                         self._on_event(events.Refused(device, "it floods: frames that nobody asked for are dropped"))
                 case Connected():
@@ -175,7 +176,7 @@ class Server:
                 case Lost(reason):
                     log.warning("lost the broker: %s", reason)
                     self._presence.doubt()
-        self._look(now_s)
+        self._keep_floods_out(now_s)
         for live in list(self._live.values()):
             self._advance(live, now_s)
         self._commit()
@@ -327,13 +328,20 @@ class Server:
                     self._on_pull(device, frame)
                 case Gone():
                     self._arrivals.end(device, frame.blob)
-        except RoundAborted as error:  # late, or one too many: nobody's fault
-            log.info("device %s: %s", device[:16], error)
+        except (PeerError, RoundAborted) as error:
+            # Late, or one too many, is nobody's fault. It has us read the store all the same.
+            log.log(
+                logging.INFO if isinstance(error, RoundAborted) else logging.WARNING,
+                "device %s: %s",
+                device[:16],
+                error,
+            )
             self._on_event(events.Refused(device, str(error)))
-        except PeerError as error:
-            log.warning("device %s: %s", device[:16], error)
-            self._on_event(events.Refused(device, str(error)))
-            self._quotas.charge(device if device in self._devices else "", now_s)
+            self._quotas.charge(self._account(device), now_s)
+
+    def _account(self, device: str) -> str:
+        """Whose frames these count as: all that are unknown share one account, for there may be any number of them."""
+        return device if device in self._devices else ""
 
     def _answer(self, device: str, frame: Down) -> None:
         self._mail.answer(device, encode_frame(frame))
@@ -377,10 +385,11 @@ class Server:
         )
 
     def _open_round(self, task: str) -> LiveRound | None:
-        """The task's round that takes contributions."""
+        """The task's round that takes contributions. Not one that is full: a device would spend its budget in vain."""
         now_s = self._clock()
         for live in self._live.values():
-            if live.task.name == task and isinstance(live.state, Collecting) and now_s < live.round.ticket.closes_s:
+            collecting = isinstance(live.state, Collecting) and live.full_at_s is None
+            if live.task.name == task and collecting and now_s < live.round.ticket.closes_s:
                 return live
         return None
 
@@ -485,10 +494,16 @@ class Server:
 
     # --- what is due
 
+    def look(self) -> None:
+        """A command changed something, as whoever watches the store knows: it counts before the next frame is read."""
+        self._look_s = 0.0
+
     def _look(self, now_s: float) -> None:
         if now_s >= self._look_s:
             self._look_s = now_s + LOOK_S
             self._refresh()
+
+    def _keep_floods_out(self, now_s: float) -> None:
         kept_out = self._quotas.kept_out(now_s) & self._devices.keys()
         if kept_out != self._kept_out:
             for device in sorted(kept_out - self._kept_out):
@@ -517,7 +532,7 @@ class Server:
                 live.reminder = rounds.Repeat.after(now_s, REMIND_S)
             if now_s >= rounds.seal_due_s(state, live.full_at_s, live.task.schedule.grace_s):
                 self._seal(live, state, now_s)
-            elif live.reminder.is_due(now_s) and live is self._open_round(live.task.name) and live.full_at_s is None:
+            elif live.reminder.is_due(now_s) and live is self._open_round(live.task.name):
                 self._remind(live)
         elif isinstance(state, Sealed):
             if now_s >= ticket.expires_s:

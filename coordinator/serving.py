@@ -233,7 +233,8 @@ class Service:
             now_s = time.monotonic()
             if now_s >= self._look_s:
                 self._look_s = now_s + LOOK_S
-                self._read_revoked()
+                if self._read_revoked():
+                    self._server.look()
                 _notify("WATCHDOG=1")
             return should_stop()
 
@@ -248,12 +249,12 @@ class Service:
         decide = self._desk.enrol if isinstance(request, EnrolRequest) else self._desk.renew
         return decide(request, int(time.time()))  # type: ignore[arg-type]
 
-    def _read_revoked(self) -> None:
-        """Tell the broker of devices that a command revoked."""
+    def _read_revoked(self) -> bool:
+        """Tell the broker of devices that a command revoked. Returns whether a command changed anything."""
         with self._store.reading() as rows:
             changes = rows.changes()
             if changes == self._changes:
-                return
+                return False
             revoked = frozenset(row.key.hex() for row in rows.devices() if row.revoked_s is not None)
             serials = [int(row.serial, 16) for row in rows.certificates() if row.revoked_s is not None]
         first, self._changes = self._changes == -1, changes
@@ -264,6 +265,7 @@ class Service:
             self._revoked = revoked
             if not first:
                 self.broker.revoke(revoked)
+        return True
 
 
 def _notify(state: str) -> None:

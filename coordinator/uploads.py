@@ -89,8 +89,11 @@ class Uploads:
         if self._receipt_again(name, header, digest, live):
             return None
         refusal = _why_not(device, live, now_s)
-        if live is None or refusal is not None or len(upload) != live.upload_bytes:
-            self._answer(name, Refusal(digest, refusal or "the upload has not the ticket's size", final=True))
+        if live is not None and refusal is None and len(upload) != live.upload_bytes:
+            refusal = "the upload has not the ticket's size"
+        if live is None or refusal is not None:
+            refusal = refusal or "the round has ended"
+            self._answer(name, Refusal(digest, refusal, final=True))
             raise RoundAborted(f"upload: {refusal}")
         contribution = Contribution(signed, upload[: live.masked_bytes], bytes(upload[live.masked_bytes :]))  # type: ignore[arg-type]
         try:

@@ -61,10 +61,20 @@ def test_vectors_are_flushed_before_the_transaction_and_what_follows_comes_after
     batch.commit()
     assert recorder.order[2:] == [
         "sync", "vectors synced", "sums saved",
-        "begin", ("contributions", b"round", [0, 1]), "an effect", ("checkpoint", b"round", 2, b"sums"),
+        "begin", ("contributions", b"round", [0, 1]), ("checkpoint", b"round", 2, b"sums"), "an effect",
         "before commit", "end", "committed",
         TaskDone("tiny"), "an act", ("drop sums", 2),
     ]  # fmt: skip
+
+
+def test_the_end_of_a_round_takes_the_checkpoint_of_the_same_step_with_it():
+    recorder = Recorder(checkpoint=True)
+    batch = batch_on(recorder)
+    batch.take(recorder, contribution(0))
+    batch.write(lambda t: recorder.order.append("the round ended"))
+    batch.commit()
+    named = [entry for entry in recorder.order if entry == "the round ended" or entry[0] == "checkpoint"]
+    assert named == [("checkpoint", b"round", 2, b"sums"), "the round ended"]
 
 
 def test_a_batch_is_written_once_and_an_empty_one_takes_no_transaction():

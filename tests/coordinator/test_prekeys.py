@@ -54,6 +54,18 @@ def test_another_offer_under_a_serial_gives_a_rolled_back_member_away_and_nothin
     assert take(store, offer(1), offer(2)) == [1, 2]
 
 
+def test_the_bound_holds_for_frames_of_one_batch_too(store, monkeypatch):
+    monkeypatch.setattr(prekeys, "MAX_SPARE_PREKEYS", 3)
+    with store.reading() as t:
+        frames = [new_offers(t, FLEET, KEY, [offer(2 * n), offer(2 * n + 1)], START_S) for n in range(4)]
+    with store.transaction() as t:
+        for fresh in frames:
+            keeping(KEY, fresh, START_S)(t)
+    with store.reading() as t:
+        assert t.spare_prekeys(KEY, START_S) == 3
+        assert t.prekey(KEY, 2) is not None
+
+
 @pytest.mark.parametrize(
     ("bad", "match"),
     [

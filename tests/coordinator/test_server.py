@@ -11,6 +11,7 @@ import os
 import time
 from functools import partial
 
+import msgspec
 import numpy as np
 import pytest
 from fleet import (
@@ -32,6 +33,7 @@ from hypothesis import strategies as st
 
 from coordinator import events
 from coordinator import store as store_module
+from coordinator.quotas import COSTLY, STOCK
 from coordinator.store import Store, StoreError, Vectors
 from coordinator.welcome import INLINE_TICKETS
 from edge_sdk.crypto.hashing import content_hash
@@ -206,6 +208,87 @@ def test_no_more_than_n_max_are_taken(tmp_path):
     refused = [device for device in fleet.devices[:6] if device.refusals]
     assert len(refused) == 2
     assert all("has its 4" in device.refusals[0].reason for device in refused)
+
+
+def test_a_round_that_has_its_contributions_is_offered_to_nobody_else(tmp_path):
+    """A device that entered it would toss a coin, charge its ledger and be refused."""
+    fleet = make(tmp_path, devices=6, n_max=4, expected=4)
+    late = fleet.devices[5]
+    link = fleet.links.pop(late.name)
+    for frame in late.hello(fleet.clock()):
+        link.send(frame)
+    told = []
+
+    def hear():
+        while (item := link.receive(0.0)) is not None:
+            if not isinstance(item, Connected) and isinstance(frame := decode_down(item), Welcome):
+                told.append(frame.tasks[0].ticket)
+
+    fleet.run(fleet.saw(events.RoundOpened), seconds=0.01)
+    fleet.run(fleet.saw(events.Contributed, 4), seconds=0.01)
+    hear()
+    assert told
+    assert told[-1] is not None
+    for frame in late.hello(fleet.clock()):
+        link.send(frame)
+    fleet.turn(0.01)
+    hear()
+    assert told[-1] is None
+    assert not any(isinstance(event, events.RoundSealed) for event in fleet.events)
+    finish(fleet, n_max=4)
+
+
+def test_what_a_command_changed_counts_before_the_next_frame_once_the_server_is_told(tmp_path):
+    fleet = make(tmp_path)
+    fleet.run(fleet.saw(events.RoundOpened))
+    revoked = fleet.devices[0]
+    store = Store(fleet.directory)
+    with store.transaction() as t:
+        t.revoke(revoked.identity.public_key, START_S)
+    store.close()
+    fleet.events.clear()
+    fleet.server.look()
+    fleet.links[revoked.name].send(revoked.hello(fleet.clock())[0])
+    fleet.server.step(0.0)
+    assert {e.reason for e in fleet.events if isinstance(e, events.Refused)} == {"it is not enrolled, or was revoked"}
+    assert not any(isinstance(e, events.Contributed) and e.device == revoked.name for e in fleet.events)
+    fleet.close()
+
+
+def test_strangers_that_flood_are_said_once(tmp_path, caplog):
+    fleet = make(tmp_path)
+    strangers = make_devices(DEVICES + 3)[DEVICES:]
+    for stranger in strangers:
+        link = fleet.hub.connect(stranger.name)
+        for _ in range(500):
+            link.send(encode_frame(Leaving()))
+    for _ in range(10):
+        fleet.server.step(0.0)
+    floods = [line for line in caplog.messages if "it floods" in line]
+    assert len(floods) == 1
+    fleet.close()
+
+
+def test_a_device_that_offers_to_a_round_that_ended_pays_for_it(tmp_path):
+    fleet = make(tmp_path, rounds=2)
+    device = fleet.devices[0]
+    offers = []
+    send = fleet.links[device.name].send
+    fleet.links[device.name].send = lambda frame: (offers.append(frame), send(frame))
+    fleet.run(fleet.saw(events.TaskDone))
+    (offer, *_) = [frame for frame in offers if isinstance(decode_up(frame), Upload)]
+    forged = decode_up(offer)
+    header = messages.decode(Header, forged.header.body)
+    unknown = messages.sign(device.identity, msgspec.structs.replace(header, tid=bytes(32)))
+    link = fleet.hub.connect(device.name)
+    for _ in range(400):
+        link.send(encode_frame(Upload(unknown, forged.blob)))
+    fleet.events.clear()
+    for _ in range(4):
+        fleet.server.step(0.0)
+    looked_at = [event for event in fleet.events if "never was" in getattr(event, "reason", "")]
+    assert len(looked_at) <= 1 + STOCK / (1 + COSTLY)
+    fleet.close()
 
 
 def test_a_stranger_is_refused_and_nothing_of_it_is_read(tmp_path):
