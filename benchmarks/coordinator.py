@@ -46,8 +46,9 @@ from coordinator import events
 from coordinator.broker.mosquitto import find_mosquitto
 from coordinator.ca import CertificateAuthority
 from coordinator.optimizer import pack_memory
+from coordinator.rows import EpochRow, ModelRow, TaskRow
 from coordinator.server import Server
-from coordinator.store import EpochRow, ModelRow, Store, TaskRow
+from coordinator.store import Store
 from coordinator.task import Planned, Task
 from edge_sdk.crypto.hashing import derive_key
 from edge_sdk.crypto.identity import Identity

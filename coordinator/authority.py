@@ -16,7 +16,8 @@ import msgspec
 from msgspec import Meta
 
 from coordinator.config import AuthorityTable, check_authority, decode_toml
-from coordinator.store import EpochRow, Store
+from coordinator.rows import EpochRow
+from coordinator.store import Store
 from edge_sdk.crypto.identity import Identity, check_signature
 from edge_sdk.enrolment import HexKey
 from edge_sdk.errors import ParameterError, PeerError

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 from coordinator.events import Event
 from coordinator.live import LiveRound
-from coordinator.store import ContributionRow, Store, Transaction
+from coordinator.rows import ContributionRow, Transaction
+from coordinator.store import Store
 
 Effect = Callable[[Transaction], None]
 

@@ -28,7 +28,8 @@ from sqlalchemy.exc import OperationalError
 
 from coordinator.ca import CertificateAuthority, read_csr
 from coordinator.refusals import Refusals
-from coordinator.store import CertificateRow, Store, Transaction
+from coordinator.rows import CertificateRow, Transaction
+from coordinator.store import Store
 from edge_sdk.crypto.hashing import frame
 from edge_sdk.crypto.identity import check_signature
 from edge_sdk.enrolment import (

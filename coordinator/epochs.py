@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from coordinator.rows import DeviceRow, EpochRow
 from coordinator.shelf import Shelf
-from coordinator.store import DeviceRow, EpochRow, Store
+from coordinator.store import Store
 from edge_sdk.errors import ParameterError
 from edge_sdk.protocol import messages
 from edge_sdk.protocol.authority import FleetEpoch, Roster

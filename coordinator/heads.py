@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from coordinator.batch import Effect
-from coordinator.store import AnchorRow, HeaderRow, Store, Transaction
+from coordinator.rows import AnchorRow, HeaderRow, Transaction
+from coordinator.store import Store
 from edge_sdk.protocol import messages
 from edge_sdk.protocol.anchors import Anchored, Anchors
 from edge_sdk.protocol.messages import Anchor, Header, Signed, Ticket

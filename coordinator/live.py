@@ -12,9 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.errors import StoreError
 from coordinator.rounds import NextModel, Repeat, State
-from coordinator.store import ContributionRow, StoreError, Vectors
+from coordinator.rows import ContributionRow
 from coordinator.task import Planned, Task
+from coordinator.vectors import Vectors
 from edge_sdk.crypto.hashing import content_hash
 from edge_sdk.crypto.ring import DEGREE
 from edge_sdk.errors import PeerError

@@ -15,7 +15,8 @@ import numpy as np
 from coordinator import rounds
 from coordinator.live import LiveRound, Opened
 from coordinator.optimizer import pack_memory, unpack_memory
-from coordinator.store import ModelRow, Store
+from coordinator.rows import ModelRow
+from coordinator.store import Store
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import RoundAborted
 from edge_sdk.protocol import aggregator

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from coordinator.batch import Effect
-from coordinator.store import Transaction
+from coordinator.rows import Transaction
 from edge_sdk.crypto.sealing import check_prekey
 from edge_sdk.errors import PeerError
 from edge_sdk.protocol import messages

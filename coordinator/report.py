@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from coordinator import rounds
 from coordinator.accounting import Figures, Record
-from coordinator.store import ModelRow, RoundRow, Store
+from coordinator.rows import ModelRow, RoundRow
+from coordinator.store import Store
 from coordinator.task import Planned, Task, load
 from edge_sdk.errors import ParameterError
 from edge_sdk.protocol import messages

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.optimizer import F32, Memory
-from coordinator.store import ContributionRow, ModelRow, RoundRow
+from coordinator.rows import ContributionRow, ModelRow, RoundRow
 from coordinator.task import Planned, Task
 from edge_sdk.crypto.hashing import derive_key, tagged_hash
 from edge_sdk.crypto.stream import KeyStream

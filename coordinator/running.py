@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from coordinator.store import ModelRow, TaskRow, Transaction
+from coordinator.rows import ModelRow, TaskRow, Transaction
 from coordinator.task import Planned, Task, load
 
 MODELS_SERVED = 3

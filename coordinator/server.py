@@ -27,9 +27,10 @@ from coordinator.opening import Opener
 from coordinator.prekeys import Chosen, choose, keeping, new_offers
 from coordinator.presence import Presence
 from coordinator.quotas import Quotas
+from coordinator.rows import DeviceRow, ModelRow, RoundRow, Transaction
 from coordinator.running import RunningTask
 from coordinator.shelf import Shelf
-from coordinator.store import DeviceRow, ModelRow, RoundRow, Store, Transaction
+from coordinator.store import Store
 from coordinator.task import Planned, Task, load
 from coordinator.uploads import Uploads
 from coordinator.welcome import Standing, welcome

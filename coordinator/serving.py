@@ -22,9 +22,10 @@ from coordinator.broker import SLACK_BYTES, Broker, Listener, start_broker
 from coordinator.ca import CertificateAuthority
 from coordinator.config import NAME, AuthorityTable, BrokerTable, Config, Listen, template
 from coordinator.enrolment import Desk, EnrolmentService, Pins
+from coordinator.errors import StoreError
 from coordinator.events import Event
 from coordinator.server import Server
-from coordinator.store import Store, StoreError
+from coordinator.store import Store
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.enrolment import Admission, EnrolRequest, RenewRequest, private_directory
 from edge_sdk.errors import ParameterError

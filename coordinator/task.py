@@ -76,8 +76,10 @@ import msgspec
 from msgspec import Meta
 
 from coordinator.adaptive import AdaptiveClip
+from coordinator.errors import StoreError
 from coordinator.optimizer import Optimizer, pack_memory
-from coordinator.store import DeviceRow, ModelRow, Store, StoreError, TaskRow
+from coordinator.rows import DeviceRow, ModelRow, TaskRow
+from coordinator.store import Store
 from coordinator.toml_file import KeyPath, place, tables
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import ParameterError, PeerError

@@ -15,7 +15,8 @@ from coordinator.batch import Batch
 from coordinator.heads import Heads
 from coordinator.live import LiveRound
 from coordinator.mail import Mail
-from coordinator.store import DeviceRow, Store
+from coordinator.rows import DeviceRow
+from coordinator.store import Store
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import PeerError, RoundAborted
 from edge_sdk.protocol import aggregator, messages

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from coordinator.epochs import InForce
 from coordinator.live import LiveRound
+from coordinator.rows import DeviceRow, HeaderRow, ModelRow
 from coordinator.running import RunningTask
 from coordinator.shelf import Shelf
-from coordinator.store import DeviceRow, HeaderRow, ModelRow
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError
 from edge_sdk.protocol import messages

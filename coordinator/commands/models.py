@@ -11,7 +11,8 @@ from coordinator.commands.output import print_object, print_result
 from edge_sdk.errors import ParameterError
 
 if TYPE_CHECKING:
-    from coordinator.store import ModelRow, Store
+    from coordinator.rows import ModelRow
+    from coordinator.store import Store
 
 
 def list_(options: argparse.Namespace) -> int:

@@ -23,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.optimizer import pack_memory
+from coordinator.rows import ModelRow, TaskRow
 from coordinator.server import Server
-from coordinator.store import DATABASE, ModelRow, Store, TaskRow
+from coordinator.store import DATABASE, Store
 from coordinator.task import Planned, Task
 from edge_sdk.crypto.hashing import content_hash, derive_key
 from edge_sdk.crypto.identity import Identity

@@ -6,7 +6,7 @@ import pytest
 
 from coordinator.batch import Batch
 from coordinator.events import TaskDone
-from coordinator.store import ContributionRow
+from coordinator.rows import ContributionRow
 
 
 class Recorder:

@@ -20,7 +20,8 @@ from coordinator.authority import (
     write_roster,
 )
 from coordinator.config import AuthorityTable
-from coordinator.store import EpochRow, Store
+from coordinator.rows import EpochRow
+from coordinator.store import Store
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError, PeerError
 from edge_sdk.protocol import messages

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from coordinator import rounds
 from coordinator.rounds import Repeat, next_model, noise_at
-from coordinator.store import ContributionRow, ModelRow, RoundRow
+from coordinator.rows import ContributionRow, ModelRow, RoundRow
 from coordinator.task import AdaptiveTable, Planned, Task
 from edge_sdk.crypto.hashing import content_hash
 from edge_sdk.errors import RoundAborted

@@ -6,7 +6,8 @@ import pytest
 from fleet import Fleet, add_task, assert_exact, enrol, make_devices, make_helpers, rounds_in
 
 from coordinator import events
-from coordinator.store import Store, StoreError
+from coordinator.errors import StoreError
+from coordinator.store import Store
 from edge_sdk.protocol import messages
 from edge_sdk.protocol.messages import Complaint, wrap
 from edge_sdk.protocol.plan import delta_bits

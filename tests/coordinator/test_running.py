@@ -3,8 +3,9 @@
 import pytest
 from fleet import START_S, LocalAuthority, add_task, enrol, make_devices
 
+from coordinator.rows import ContributionRow, EpochRow, RoundRow
 from coordinator.running import MODELS_SERVED, RunningTask
-from coordinator.store import ContributionRow, EpochRow, RoundRow, Store
+from coordinator.store import Store
 from edge_sdk.protocol import messages
 from edge_sdk.protocol.authority import FleetEpoch
 

@@ -32,9 +32,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator import events
-from coordinator import store as store_module
+from coordinator import vectors as vectors_module
+from coordinator.errors import StoreError
 from coordinator.quotas import COSTLY, STOCK
-from coordinator.store import Store, StoreError, Vectors
+from coordinator.store import Store
+from coordinator.vectors import Vectors
 from coordinator.welcome import INLINE_TICKETS
 from edge_sdk.crypto.hashing import content_hash
 from edge_sdk.errors import TransportError
@@ -118,7 +120,7 @@ def test_a_committee_whose_ticket_fits_no_frame_serves_too(tmp_path):
 
 def test_an_upload_that_is_still_being_written_is_not_written_over_by_the_next(tmp_path, monkeypatch):
     taken, written = [], []
-    write, write_at = Vectors.write, store_module.write_at
+    write, write_at = Vectors.write, vectors_module.write_at
 
     def take(vectors, slot, data):
         taken.append(content_hash(data))
@@ -135,7 +137,7 @@ def test_an_upload_that_is_still_being_written_is_not_written_over_by_the_next(t
         return [*frames, encode_frame(device.sent["tiny"][1].chunk(0))] if frames else frames
 
     monkeypatch.setattr(Vectors, "write", take)
-    monkeypatch.setattr(store_module, "write_at", slow)
+    monkeypatch.setattr(vectors_module, "write_at", slow)
     monkeypatch.setattr("coordinator.server.FRAMES_BETWEEN_PULLS", 1)
     fleet = make(tmp_path, server={"upload_memory": 23_792})  # of one upload, so all of them share one buffer
     for device in fleet.devices:
@@ -907,7 +909,7 @@ def test_uploads_are_flushed_before_the_rows_that_name_them(tmp_path, monkeypatc
         fdatasync(fd)
         order.append("flushed")
 
-    monkeypatch.setattr("coordinator.store.os.fdatasync", spy)
+    monkeypatch.setattr("coordinator.vectors.os.fdatasync", spy)
     fleet = make(tmp_path, server={"passed": order.append})
     fleet.run(fleet.saw(events.Contributed, DEVICES))
     fleet.close()

@@ -22,7 +22,8 @@ from fleet import (
 from coordinator import events
 from coordinator import server as server_module
 from coordinator.arrivals import Arrivals
-from coordinator.store import Store, StoreError
+from coordinator.errors import StoreError
+from coordinator.store import Store
 from edge_sdk.crypto.sealing import Prekey
 from edge_sdk.protocol import messages
 from edge_sdk.protocol.messages import Header, PrekeyOffer, Signed

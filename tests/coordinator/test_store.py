@@ -15,18 +15,11 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.schema import CreateTable
 
-from coordinator import store as store_module
-from coordinator.store import (
-    CertificateRow,
-    ContributionRow,
-    EpochRow,
-    HeaderRow,
-    ModelRow,
-    RoundRow,
-    Store,
-    StoreError,
-    TaskRow,
-)
+from coordinator import rows
+from coordinator import vectors as vectors_module
+from coordinator.errors import StoreError
+from coordinator.rows import CertificateRow, ContributionRow, EpochRow, HeaderRow, ModelRow, RoundRow, TaskRow
+from coordinator.store import Store
 from edge_sdk.crypto.hashing import content_hash
 from edge_sdk.errors import ParameterError
 
@@ -305,7 +298,7 @@ def test_slots_hold_what_was_written_and_nothing_of_another_size(store):
 
 
 def test_what_was_allocated_ahead_is_never_over_a_vector(store, monkeypatch):
-    monkeypatch.setattr("coordinator.store.RESERVE_BYTES", 24)
+    monkeypatch.setattr("coordinator.vectors.RESERVE_BYTES", 24)
     vectors = store.vectors(TID, 7, 8)
     vectors.write(6, b"66666666")
     vectors.write(1, b"11111111")
@@ -327,7 +320,7 @@ def test_a_write_that_fails_in_the_background_is_said_by_every_sync_and_read(sto
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("coordinator.store.write_at", full)
+        patched.setattr("coordinator.vectors.write_at", full)
         vectors.write(1, b"11111111")
         with pytest.raises(OSError, match="No space left"):
             vectors.sync()
@@ -339,13 +332,13 @@ def test_a_write_that_fails_in_the_background_is_said_by_every_sync_and_read(sto
 
 
 def test_a_buffer_is_busy_until_it_is_written_and_what_reads_or_syncs_waits_for_it(store, monkeypatch):
-    go_on, write_at = Event(), store_module.write_at
+    go_on, write_at = Event(), vectors_module.write_at
 
     def slow(*arguments):
         assert go_on.wait(30)
         write_at(*arguments)
 
-    monkeypatch.setattr("coordinator.store.write_at", slow)
+    monkeypatch.setattr("coordinator.vectors.write_at", slow)
     vectors = store.vectors(TID, 2, 8)
     is_written = vectors.write(1, bytearray(b"11111111"))
     assert not is_written()
@@ -393,7 +386,8 @@ def test_sweeping_removes_what_no_row_names(running):
 
 STORES_A_TASK = """
 import os, signal, sys
-from coordinator.store import ModelRow, Store, TaskRow
+from coordinator.rows import ModelRow, TaskRow
+from coordinator.store import Store
 store = Store(sys.argv[1])
 bundle, parameters, memory = (store.put_blob(name + sys.argv[2].encode()) for name in (b"b", b"p", b"m"))
 print("stored", flush=True)
@@ -445,7 +439,7 @@ def test_a_file_that_a_row_names_is_not_dropped(store):
 
 
 def test_the_schema_is_one_that_postgresql_takes_too():
-    for table in store_module._metadata.sorted_tables:
+    for table in rows.metadata.sorted_tables:
         text = str(CreateTable(table).compile(dialect=postgresql.dialect()))
         assert "BYTEA" in text or table.name in ("meta", "tasks")
         assert "BLOB" not in text

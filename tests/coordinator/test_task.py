@@ -10,7 +10,8 @@ import pytest
 from training import tiny_models as tiny
 
 import coordinator.task
-from coordinator.store import Store, StoreError
+from coordinator.errors import StoreError
+from coordinator.store import Store
 from coordinator.task import Planned, Task, add_task, load
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError, PeerError

@@ -6,9 +6,10 @@ import pytest
 from fleet import AUTHORITY, COORDINATOR, START_S, LocalAuthority, add_task, enrol, make_devices, make_helpers, seed
 
 from coordinator.epochs import Epochs
+from coordinator.rows import HeaderRow
 from coordinator.running import RunningTask
 from coordinator.shelf import Shelf
-from coordinator.store import HeaderRow, Store
+from coordinator.store import Store
 from coordinator.welcome import INLINE_TICKETS, Standing, welcome
 from edge_sdk.crypto.hashing import content_hash
 from edge_sdk.protocol import messages

@@ -20,8 +20,9 @@ from training import tiny_models as tiny
 
 from coordinator.events import ModelPublished
 from coordinator.optimizer import pack_memory
+from coordinator.rows import ModelRow, TaskRow
 from coordinator.server import Server
-from coordinator.store import ModelRow, Store, TaskRow
+from coordinator.store import Store
 from coordinator.task import Planned, Task
 from edge_sdk import contributing, events
 from edge_sdk.bundle import Bundle, write_bundle

@@ -26,7 +26,8 @@ import numpy as np
 from coordinator.__main__ import main as coordinator_main
 from coordinator.ca import CertificateAuthority
 from coordinator.config import Config
-from coordinator.store import RoundRow, Store
+from coordinator.rows import RoundRow
+from coordinator.store import Store
 from edge_sdk.bundle import Bundle
 from edge_sdk.commands import device_main, helper_main
 from edge_sdk.crypto.hashing import content_hash
