@@ -580,6 +580,14 @@ class Transaction:
         row = self._one(sql.select(c.digest).where(c.tid == tid, c.sender == sender))
         return bytes(row[0]) if row else None
 
+    def sends(self, task: str) -> list[tuple[int, int, int]]:
+        """(epoch, sender, contributions to the task's rounds of that epoch) of everybody who sent any."""
+        c, r = _contributions.c, _rounds.c
+        joined = _contributions.join(_rounds, c.tid == r.tid)
+        sent = sql.func.count().label("sent")
+        query = sql.select(r.epoch, c.sender, sent).select_from(joined).where(r.task == task)
+        return [(row.epoch, row.sender, row.sent) for row in self._all(query.group_by(r.epoch, c.sender))]
+
     def set_checkpoint(self, tid: bytes, slots: int, file_hash: bytes) -> None:
         """The running sums of slots 0 .. slots-1 are in a file of this hash."""
         self._put(_checkpoints, {"tid": tid}, {"slots": slots, "hash": file_hash})

@@ -40,10 +40,10 @@ class RunningTask:
         models = t.newest_models(row.name, MODELS_SERVED)
         sends: Counter[bytes] = Counter()
         rosters: dict[int, tuple[bytes, ...]] = {}
-        for ended in t.rounds(row.name):
-            if ended.epoch not in rosters:
-                rosters[ended.epoch] = t.epoch(ended.epoch).roster
-            sends.update(rosters[ended.epoch][c.sender] for c in t.contributions(ended.tid))
+        for epoch, sender, count in t.sends(row.name):
+            if epoch not in rosters:
+                rosters[epoch] = t.epoch(epoch).roster
+            sends[rosters[epoch][sender]] += count
         return cls(row, task, planned, models, sends)
 
     @property
