@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import queue
 import shutil
 import socket
@@ -266,7 +267,7 @@ class Demo:
             f"          authority and coordinator are one process here, so an honest coordinator is assumed\n"
             f"took      {trained_s:.0f} s for {self.task.rounds} models; "
             f"{len(KILLS)} processes were killed, {self.progress.aborted} rounds aborted\n\n"
-            f"picture   {drawn}\nmodel     {exported}\nlogs      {self.folder}/*.log"
+            f"picture   {near(drawn)}\nmodel     {near(exported)}\nlogs      {near(self.folder)}/*.log"
         )
         (self.folder / "result.json").write_text(
             json.dumps({"data": self.name, "accuracy": accuracy, "plain": plain, "alone": alone, "readers": spent,
@@ -278,13 +279,20 @@ class Demo:
                 f"{accuracy:.1%} at {spent:.2f} came out"
             )
             return 1
+        programs, fleet = near(Path(sys.executable).parent), near(self.folder)
         self.console.print(
             "\nnext      make demo DATA=fashion-mnist   the larger one\n"
-            f"          edge-device ledger --dir {self.folder / 'device-00'}   what one device spent\n"
-            f"          edge-coordinator report {self.task.name} --dir {self.home}   the task on a page\n"
-            "          README.md: your own model, your own devices"
+            f"          {programs}/edge-device ledger --dir {fleet}/device-00   what one device spent\n"
+            f"          {programs}/edge-coordinator report {self.task.name} --dir {fleet}/{self.home.name}   the task on a page\n"
+            "          README.md: your own model, your own devices",
+            soft_wrap=True,
         )
         return 0
+
+
+def near(path: Path) -> str:
+    """As it is typed from here, where that is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)
 
 
 def free_ports(count: int) -> list[int]:
