@@ -283,7 +283,7 @@ class Demo:
         self.console.print(
             "\nnext      make demo DATA=fashion-mnist   the larger one\n"
             f"          {programs}/edge-device ledger --dir {fleet}/device-00   what one device spent\n"
-            f"          {programs}/edge-coordinator report {self.task.name} --dir {fleet}/{self.home.name}   the task on a page\n"
+            f"          {programs}/edge-coordinator report {self.task.name} --dir {fleet}/coordinator   it on a page\n"
             "          README.md: your own model, your own devices",
             soft_wrap=True,
         )
