@@ -325,7 +325,8 @@ class Download(Receiving):
 
     def _keep(self, chunk: Chunk) -> None:
         offset = chunk.index * CHUNK_BYTES
-        self.buffer[offset : offset + len(chunk.data)] = chunk.data
+        with memoryview(self.buffer) as whole:  # a bytearray copies what it is assigned once more
+            whole[offset : offset + len(chunk.data)] = chunk.data
 
     def _finish(self) -> None:
         pass
