@@ -399,8 +399,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _refuse(self, status: HTTPStatus, code: str, reason: str) -> None:
         text = f"{self.command} {self.path[:128]!r} from {self.client_address[0]} refused ({code}): {reason[:256]!r}"
-        # Whoever shows a token of ours is not lost among those who show nothing.
-        self.server.refusals.say("" if code in ("malformed", "unknown", "stranger") else "who holds a token", text)
+        # Whoever shows a token of ours, with the identity that it is for, is not lost among those who show nothing.
+        holder = self.path == "/enrol" and code in ("spent", "expired", "enrolled", "revoked")
+        self.server.refusals.say("who holds a token" if holder else "", text)
         self._answer(status, msgspec.json.encode(Refusal(code)), "application/json")
 
     def _answer(self, status: HTTPStatus, body: bytes, kind: str) -> None:

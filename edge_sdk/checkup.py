@@ -296,7 +296,14 @@ def _check_broker(directory: Path) -> str:
     return f"{url} by {version} in {took_s * 1000:.0f} ms"
 
 
+def _run_nothing_of_another(directory: Path) -> None:
+    """Examples may be a function of the directory's owner: root, who looks after a service, must not run it."""
+    if os.geteuid() == 0 and directory.stat().st_uid != 0:
+        raise _Unknown("not looked at by root: ask as the directory's own user")
+
+
 def _check_examples(directory: Path) -> str:
+    _run_nothing_of_another(directory)
     config = Config.read(directory)
     if not config.tasks:
         raise _Unknown("device.toml names no examples")
@@ -324,6 +331,7 @@ def _length_of(given: Any) -> int | None:
 def _check_training(directory: Path) -> str:
     from edge_sdk.training.onnx import OnnxTrainer
 
+    _run_nothing_of_another(directory)
     config = Config.read(directory)
     if not config.tasks:
         raise _Unknown("device.toml names no examples")

@@ -8,10 +8,15 @@ MAX_TEXT = 500
 def printable(text: str) -> str:
     """A peer's words, fit for a log: no more than MAX_TEXT characters, and what is not to be seen escaped. Else one
     device writes lines in another's name, or fills the disk with its own."""
-    cut = text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 100]}...{text[-100:]}"  # what is wrong comes last
+    cut = _cut(text)
     if cut.isprintable():
         return cut
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+    return _cut("".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut))
+
+
+def _cut(text: str) -> str:
+    """What is wrong comes last in most messages, so both ends are kept."""
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 103]}...{text[-100:]}"
 
 
 class SordinoError(Exception):

@@ -22,6 +22,10 @@ _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ \d+ *(.?)")
 """A mapping's first line in /proc/self/smaps: its addresses, what may be done with it, where its file begins."""
 
 
+_CHANGED = frozenset({"Anonymous:", "Swap:", "Shared_Hugetlb:", "Private_Hugetlb:"})
+"""Where /proc/self/smaps counts pages that are not, or may not be, what the file has."""
+
+
 def give_back() -> None:
     """Let the kernel have what was freed, and the code that is not running. Nothing is lost by it: code that is called
     again is mapped again from the page cache, some microseconds for every 64 kB of it.
@@ -62,8 +66,8 @@ def _c_function(name: str) -> Callable[..., Any] | None:
 def _clean_code(smaps: Iterable[str]) -> Iterator[tuple[int, int]]:
     """(begin, end) of the private mappings of files' code in which no page differs from the file.
 
-    One that does (a breakpoint, a relocation in the code), in memory or swapped out, exists nowhere else and would be
-    lost: its mapping is left alone.
+    One that does (a breakpoint, a relocation in the code, code in huge pages), in memory or swapped out, exists nowhere
+    else and would be lost: its mapping is left alone.
     """
     code: tuple[int, int] | None = None
     clean: set[str] = set()
@@ -73,8 +77,8 @@ def _clean_code(smaps: Iterable[str]) -> Iterator[tuple[int, int]]:
             clean.clear()
         elif code is not None:
             field, *value = line.split()
-            if field in ("Anonymous:", "Swap:") and value == ["0", "kB"]:
+            if field in _CHANGED and value == ["0", "kB"]:
                 clean.add(field)
-                if len(clean) == 2:
+                if len(clean) == len(_CHANGED):
                     yield code
                     code = None

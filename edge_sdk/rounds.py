@@ -162,10 +162,12 @@ class Rounds:
         number = -1
         try:
             epoch = self._store.epoch
-            if epoch is None or self.enrolled is None:
-                raise PeerError("this device is not in the epoch's roster yet")
+            if epoch is None:
+                raise PeerError("this device knows no epoch yet")
             round_ = Round(epoch, signed)  # nothing in it is looked at before its signature is
             number = round_.ticket.round
+            if self.enrolled is None:
+                raise PeerError("this device is not in the epoch's roster yet")
             rules = self._rules.read()
             manifest = self._models.manifest(task, round_.ticket.bundle)
             training = own.enter(round_, rules, manifest, self._clock.time_s())

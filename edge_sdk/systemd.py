@@ -6,11 +6,13 @@ write to, and is started again whenever it ends: what counts is on disk before a
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from edge_sdk.enrolment import Membership, join
@@ -42,6 +44,8 @@ RestartSec=5
 
 MemoryMax=256M
 TasksMax=32
+# numpy's OpenBLAS would start a thread for each processor.
+Environment=OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1
 LimitNOFILE=1024
 
 ProtectSystem=strict
@@ -72,6 +76,8 @@ SystemCallFilter=@system-service
 WantedBy=multi-user.target
 """
 
+SETTLE_S = 3.0
+
 _PLAIN = re.compile(r"[A-Za-z0-9/._+-]+")
 """What needs no quotes in a unit."""
 
@@ -86,15 +92,17 @@ def install(
     *,
     root: Path = Path("/"),
     python: str = sys.executable,
-    prefix: str = sys.base_prefix,
+    libraries: Iterable[str] | None = None,
     run: Run | None = None,
+    pause: Callable[[float], None] = time.sleep,
 ) -> Membership:
     """Join the fleet that the token invites to, and be a service from now on, also after the next boot.
 
     Repeating it, with the same token, is harmless: the unit is written anew and the service is started again.
-    root: of the file system.  python: the interpreter to run on.  prefix: where its library is.  run: runs a command.
+    root: of the file system.  python: the interpreter to run on.  libraries: where what it imports is.  run: runs a
+    command.  pause: waits.
     Raises ParameterError if there is no systemd, for want of privilege, if the service could not see the interpreter
-    or if systemd does not do it, and what `edge_sdk.enrolment.join` raises; OSError.
+    or a library, or if it does not run in the end, and what `edge_sdk.enrolment.join` raises; OSError.
     """
     run = run or _systemctl
     if not (root / "run/systemd/system").is_dir():
@@ -103,19 +111,31 @@ def install(
         )
     if os.geteuid() != 0:
         raise ParameterError("only root installs a service: sudo edge-helper install")
-    text = unit(python, prefix)
+    text = unit(python, _libraries() if libraries is None else libraries)
     membership = join(root / STATE.relative_to("/"), token)
     write_whole(root / "etc/systemd/system" / f"{NAME}.service", text.encode(), mode=0o644)
     run(["systemctl", "daemon-reload"])
     run(["systemctl", "enable", f"{NAME}.service"])
     run(["systemctl", "restart", f"{NAME}.service"])
+    pause(SETTLE_S)  # a process was made: whether it stays is known when it has imported everything
+    try:
+        run(["systemctl", "is-active", "--quiet", f"{NAME}.service"])
+    except ParameterError as error:
+        raise ParameterError(f"the service was started and ended again: journalctl -u {NAME}") from error
     return membership
 
 
-def unit(python: str, prefix: str) -> str:
-    """The unit's text. Raises ParameterError if the service could not see or name the interpreter."""
-    for path in (python, prefix):
-        if any(Path(path).is_relative_to(hidden) for hidden in _HIDDEN):
+def _libraries() -> list[str]:
+    """The interpreter's own, and the places of what a helper imports."""
+    names = ("edge_sdk", "numpy", "cryptography", "msgspec", "paho.mqtt.client")
+    found = [importlib.util.find_spec(name) for name in names]
+    return [sys.base_prefix, *(str(spec.origin) for spec in found if spec is not None)]
+
+
+def unit(python: str, libraries: Iterable[str]) -> str:
+    """The unit's text. Raises ParameterError if the service could not see the interpreter or a library, or name it."""
+    for path in (python, *libraries):
+        if any(there.is_relative_to(hidden) for hidden in _HIDDEN for there in (Path(path), Path(path).resolve())):
             raise ParameterError(
                 f"{path}: a service does not see what is there: make a virtual environment in /usr/local/lib/sordino "
                 "with the system's Python, pip install sordino into it, and install with its edge-helper"

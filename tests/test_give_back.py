@@ -52,34 +52,57 @@ SMAPS = """\
 Rss: 4 kB
 Anonymous: 0 kB
 Swap: 0 kB
+Shared_Hugetlb: 0 kB
+Private_Hugetlb: 0 kB
 55d0a0001000-55d0a0003000 r-xp 00001000 fe:00 11 /usr/bin/python
 Rss: 8 kB
 Anonymous: 0 kB
 Swap: 0 kB
+Shared_Hugetlb: 0 kB
+Private_Hugetlb: 0 kB
 7f0000000000-7f0000004000 r-xp 00000000 fe:00 12 /lib/with a breakpoint.so
 Rss: 16 kB
 Anonymous: 4 kB
 Swap: 0 kB
+Shared_Hugetlb: 0 kB
+Private_Hugetlb: 0 kB
 7f0000004000-7f0000008000 r-xp 00000000 fe:00 13 /lib/relocated-and-swapped-out.so
 Anonymous: 0 kB
 Swap: 4 kB
+Shared_Hugetlb: 0 kB
+Private_Hugetlb: 0 kB
 7f0000008000-7f000000a000 rwxp 00000000 fe:00 14 /lib/being-relocated.so
 Anonymous: 0 kB
 Swap: 0 kB
+Shared_Hugetlb: 0 kB
+Private_Hugetlb: 0 kB
 7f000000a000-7f000000c000 r-xp 00000000 00:00 0
 Anonymous: 0 kB
 Swap: 0 kB
+Shared_Hugetlb: 0 kB
+Private_Hugetlb: 0 kB
 7f000000c000-7f000000e000 r-xs 00000000 fe:00 15 /lib/shared.so
 Anonymous: 0 kB
 Swap: 0 kB
+Shared_Hugetlb: 0 kB
+Private_Hugetlb: 0 kB
 7f000000e000-7f0000010000 r-xp 00000000 00:00 0 [vdso]
 Anonymous: 0 kB
 Swap: 0 kB
+Shared_Hugetlb: 0 kB
+Private_Hugetlb: 0 kB
+7f00000e0000-7f00000f0000 r-xp 00000000 00:0f 9 /anon_hugepage (deleted)
+Anonymous: 0 kB
+Swap: 0 kB
+Shared_Hugetlb: 0 kB
+Private_Hugetlb: 2048 kB
 7f0000010000-7f0000012000 r-xp 00000000 fe:00 16 /lib/of a kernel that does not tell.so
 Rss: 8 kB
 7f0000012000-7f0000016000 r-xp 00000000 fe:00 17 /lib/last.so
 Anonymous: 0 kB
 Swap: 0 kB
+Shared_Hugetlb: 0 kB
+Private_Hugetlb: 0 kB
 """
 
 

@@ -13,7 +13,7 @@ from edge_sdk import systemd
 from edge_sdk.errors import ParameterError
 from edge_sdk.systemd import UNIT, install, unit
 
-PYTHON, PREFIX = "/usr/local/lib/sordino/bin/python3", "/usr"
+PYTHON, LIBRARIES = "/usr/local/lib/sordino/bin/python3", ["/usr", "/usr/local/lib/sordino/lib/x.py"]
 
 
 class Machine:
@@ -34,8 +34,21 @@ class Machine:
     def run(self, command):
         self.done.append((*command, "with unit" if self.unit.exists() else "without"))
 
+    def pause(self, seconds):
+        self.done.append(("pause",))
+
     def install(self, **arguments):
-        return install("token", **{"root": self.path, "python": PYTHON, "prefix": PREFIX, "run": self.run, **arguments})
+        return install(
+            "token",
+            **{
+                "root": self.path,
+                "python": PYTHON,
+                "libraries": LIBRARIES,
+                "run": self.run,
+                "pause": self.pause,
+                **arguments,
+            },
+        )
 
 
 @pytest.fixture
@@ -57,20 +70,22 @@ def test_it_joins_then_writes_the_unit_then_starts_it(machine):
         ("systemctl", "daemon-reload", "with unit"),
         ("systemctl", "enable", "sordino-helper.service", "with unit"),
         ("systemctl", "restart", "sordino-helper.service", "with unit"),
+        ("pause",),
+        ("systemctl", "is-active", "--quiet", "sordino-helper.service", "with unit"),
     ]
     assert stat.S_IMODE(machine.unit.stat().st_mode) == 0o644
-    assert machine.unit.read_text() == unit(PYTHON, PREFIX)
+    assert machine.unit.read_text() == unit(PYTHON, LIBRARIES)
 
 
 def test_again_is_the_same_with_the_interpreter_of_now(machine):
     machine.install()
     machine.install(python="/opt/sordino/bin/python3")
-    assert machine.done[:4] == machine.done[4:]
+    assert machine.done[:6] == machine.done[6:]
     assert "ExecStart=/opt/sordino/bin/python3 " in machine.unit.read_text()
 
 
 def test_the_unit_runs_this_package_on_its_own_state_and_nothing_else():
-    service = read(unit(PYTHON, PREFIX))["Service"]
+    service = read(unit(PYTHON, LIBRARIES))["Service"]
     command = shlex.split(service["ExecStart"])
     assert command == [PYTHON, "-m", "edge_sdk.helper", "run", "--dir", "/var/lib/sordino-helper", "--json"]
     assert service["StateDirectory"] == "sordino-helper"
@@ -81,21 +96,22 @@ def test_the_unit_runs_this_package_on_its_own_state_and_nothing_else():
 
 
 @pytest.mark.parametrize(
-    ("python", "prefix", "named"),
+    ("python", "library", "named"),
     [
         ("/home/me/venv/bin/python3", "/usr", "/home/me/venv"),
         ("/usr/local/lib/sordino/bin/python3", "/root/.pyenv/versions/3.11", "/root/.pyenv"),
         ("/var/tmp/try/bin/python3", "/usr", "/var/tmp"),  # noqa: S108  refused
+        ("/usr/bin/python3", "/root/.local/lib/python3.11/site-packages/numpy/__init__.py", "site-packages/numpy"),
         ("/opt/a b/bin/python3", "/usr", "a b"),
         ("/opt/%h/bin/python3", "/usr", "%h"),
         ("/opt/x\nExecStartPre=/bin/evil/bin/python3", "/usr", "letters"),
     ],
 )
 def test_an_interpreter_that_the_service_would_not_see_is_refused_before_the_token_is_spent(
-    machine, python, prefix, named
+    machine, python, library, named
 ):
     with pytest.raises(ParameterError, match=named):
-        machine.install(python=python, prefix=prefix)
+        machine.install(python=python, libraries=["/usr", library])
     assert machine.done == []
     assert not machine.unit.exists()
 
@@ -112,6 +128,28 @@ def test_without_root_nothing_is_spent(machine, monkeypatch):
     with pytest.raises(ParameterError, match="sudo edge-helper install"):
         machine.install()
     assert machine.done == []
+
+
+def test_a_link_to_where_the_service_does_not_see_is_followed(machine, tmp_path):
+    (tmp_path / "python3").symlink_to("/home/me/python3")
+    with pytest.raises(ParameterError, match="does not see"):
+        machine.install(python=str(tmp_path / "python3"))
+
+
+def test_what_is_imported_is_looked_for_where_it_is():
+    found = systemd._libraries()
+    assert any(path.endswith("numpy/__init__.py") for path in found)
+    assert str(Path(systemd.__file__).parent / "__init__.py") in found
+
+
+def test_a_service_that_does_not_stay_is_no_success(machine):
+    def run(command):
+        machine.run(command)
+        if "is-active" in command:
+            raise ParameterError("exit status 3")
+
+    with pytest.raises(ParameterError, match="journalctl -u sordino-helper"):
+        machine.install(run=run)
 
 
 def test_what_systemctl_says_is_the_error():

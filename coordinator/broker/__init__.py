@@ -26,7 +26,7 @@ SLACK_BYTES = 16 << 20
 """What may wait for the coordinator besides the uploads that it asked for."""
 
 DEVICE_BYTES = 16 << 20
-"""What may wait for one device. An honest one asks for 4 MB at a time; one that asks and does not read is cut off."""
+"""What may wait for one device; more is dropped, and asked for again. A download asks for 1 MB at a time."""
 
 PATIENCE_S = 3.0
 FIRST_BACKOFF_S = 0.5

@@ -41,9 +41,14 @@ log = logging.getLogger("sordino.broker")
 START_S = 20.0
 END_S = 10.0
 CONNECT_S = 10.0
-HANDSHAKE_S = 5.0
-MAX_HANDSHAKES = 256
-"""At a time; further ones are ended at once. A stranger's connections must not use up this process's descriptors."""
+HANDSHAKE_S = 15.0
+"""Longer than a device waits for its own end of it."""
+MAX_HANDSHAKES = 512
+"""Begun within HANDSHAKE_S and not done; further ones are ended at once. A stranger's connections must not use up this
+process's descriptors."""
+
+STUCK_S = 30.0
+"""A device that takes nothing for so long, while as much as it may have waits for it, is cut off."""
 
 UNREAD_PACKETS = 64
 """Of one client, read and not yet passed on: then its socket is not read, so that TCP holds it back."""
@@ -53,6 +58,8 @@ UNPASSED_MESSAGES = 256
 
 MESSAGE_BYTES = 4 << 10
 """What a message takes besides its data, about: packets, and a task that waits for the acknowledgement."""
+
+_OLDEST = "sordino.oldest"
 
 LOOK_S = 0.05
 """Between two looks whether there is room."""
@@ -93,8 +100,13 @@ class _BoundedReader(StreamReaderAdapter):  # type: ignore[misc]
         return data
 
 
-_shaking: weakref.WeakSet[_Handshake] = weakref.WeakSet()
-"""Handshakes that are under way."""
+_shaking: weakref.WeakKeyDictionary[_Handshake, float] = weakref.WeakKeyDictionary()
+"""When those began that are not done. A client that just goes away leaves its entry to the garbage collector, so what
+counts is their age."""
+
+
+def _are_too_many(now_s: float) -> bool:
+    return sum(now_s - begun_s < HANDSHAKE_S for begun_s in list(_shaking.values())) >= MAX_HANDSHAKES
 
 
 class _Handshake(ssl.SSLObject):
@@ -102,17 +114,19 @@ class _Handshake(ssl.SSLObject):
 
     def do_handshake(self) -> None:
         try:
-            if self not in _shaking and len(_shaking) >= MAX_HANDSHAKES:
-                raise ssl.SSLError(1, f"{MAX_HANDSHAKES} others are under way")
-            _shaking.add(self)
+            if self not in _shaking:
+                now_s = time.monotonic()
+                if _are_too_many(now_s):
+                    raise ssl.SSLError(1, f"{MAX_HANDSHAKES} others are under way")
+                _shaking[self] = now_s
             super().do_handshake()
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):  # it goes on
             raise
         except ssl.SSLError as error:
-            _shaking.discard(self)
+            _shaking.pop(self, None)
             _refusals.say("", f"a client was refused in its TLS handshake: {error}")
             raise
-        _shaking.discard(self)
+        _shaking.pop(self, None)
 
 
 class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
@@ -192,7 +206,8 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
     async def _topic_filtering(self, session: Session, topic: str, action: Action) -> bool:
         name = session.client_id
         if action is Action.RECEIVE and name not in (None, COORDINATOR) and _waiting_bytes(session) >= DEVICE_BYTES:
-            if name not in self._cutting:
+            # Dropped: it is asked for again. A slow link is no fault; one that takes nothing at all is given up.
+            if _is_stuck(session, time.monotonic()) and name not in self._cutting:
                 _refusals.say(name, f"{name[:16]} is cut off: it does not read what it asks for")
                 self._cutting[name] = asyncio.ensure_future(self._cut_off(name))
             return False
@@ -237,6 +252,15 @@ def _waiting_bytes(session: Session) -> int:
     if len(waiting) < 64:  # not worth a sum: less than DEVICE_BYTES, whatever they are
         return len(waiting)
     return sum(len(message.data) + MESSAGE_BYTES for message in waiting.values())
+
+
+def _is_stuck(session: Session, now_s: float) -> bool:
+    """Whether what waits longest for the client has been the same for STUCK_S. Asked when something does not fit."""
+    oldest = next(iter(session.inflight_out))
+    since = session.attributes.get(_OLDEST)
+    if since is None or since[0] != oldest:
+        since = session.attributes[_OLDEST] = (oldest, now_s)
+    return bool(now_s - since[1] >= STUCK_S)
 
 
 def _peer_name(connection: ssl.SSLObject) -> str | None:

@@ -3,11 +3,15 @@
 import socket
 import ssl
 import time
+from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from parties import DEADLINE_S
 
+from coordinator.broker import start_broker
+from coordinator.broker.amqtt import STUCK_S, _is_stuck
 from edge_sdk.transport import Connected, Inbound
 from edge_sdk.transport.wire import MAX_FRAME_BYTES
 
@@ -118,8 +122,11 @@ def test_a_device_that_sends_what_nobody_takes_costs_no_more_than_the_queue(worl
 
 
 @pytest.mark.parametrize("world", ["amqtt"], indirect=True)
-def test_connections_without_a_handshake_are_few_at_a_time_and_end_soon(world, monkeypatch):
+def test_connections_without_a_handshake_are_few_at_a_time_and_end_soon(world, monkeypatch, caplog):
     monkeypatch.setattr("coordinator.broker.amqtt.MAX_HANDSHAKES", 4)
+    monkeypatch.setattr("coordinator.broker.amqtt.HANDSHAKE_S", 2.0)
+    world.broker.close()
+    world.broker = start_broker("amqtt", world.listener, None, [])
     idle = [socket.create_connection(("127.0.0.1", world.listener.port)) for _ in range(12)]
     try:
         for connection in idle:
@@ -128,7 +135,33 @@ def test_connections_without_a_handshake_are_few_at_a_time_and_end_soon(world, m
     finally:
         for connection in idle:
             connection.close()
+    assert sum("4 others are under way" in line for line in caplog.messages) == 8
+    deadline = time.monotonic() + DEADLINE_S
+    while world.client(world.alice).outcome != "connected":  # what went away counts for HANDSHAKE_S, no longer
+        assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("world", ["amqtt"], indirect=True)
+def test_a_device_that_takes_nothing_for_long_is_cut_off_and_may_come_again(world, hub, raw, monkeypatch, caplog):
+    monkeypatch.setattr("coordinator.broker.amqtt.STUCK_S", 0.3)
+    deadline = time.monotonic() + DEADLINE_S
+    while not any("is cut off: it does not read" in line for line in list(caplog.messages)):
+        assert time.monotonic() < deadline
+        if hub.unsent_bytes < 4 * MB:
+            hub.send(raw.name, FRAME)
+        else:
+            time.sleep(0.005)
     assert world.client(world.alice).outcome == "connected"
+
+
+def test_a_slow_device_is_not_taken_for_one_that_takes_nothing():
+    session = SimpleNamespace(attributes={}, inflight_out=OrderedDict.fromkeys([7, 8, 9]))
+    assert not _is_stuck(session, 0.0)
+    assert not _is_stuck(session, STUCK_S - 1)
+    del session.inflight_out[7]  # acknowledged
+    assert not _is_stuck(session, STUCK_S + 1)
+    assert not _is_stuck(session, 2 * STUCK_S)
+    assert _is_stuck(session, 2 * STUCK_S + 2)
 
 
 def closed(connection):

@@ -22,7 +22,7 @@ from sqlalchemy.exc import OperationalError
 from coordinator import enrolment as service_module
 from coordinator.ca import CertificateAuthority
 from coordinator.enrolment import Desk, EnrolmentService, Pins
-from coordinator.refusals import STRANGERS_LINES
+from coordinator.refusals import LINES, STRANGERS_LINES
 from coordinator.store import Store
 from edge_sdk import enrolment
 from edge_sdk.crypto.identity import Identity
@@ -543,6 +543,38 @@ def test_a_stranger_who_holds_every_place_keeps_nobody_out(fleet, monkeypatch, s
     finally:
         for connection in held:
             connection.close()
+
+
+def test_the_oldest_without_a_handshake_makes_room_first(fleet, monkeypatch):
+    monkeypatch.setattr(service_module, "MAX_CONNECTIONS", 3)
+    context = ssl.create_default_context(cafile=fleet.directory / "ca.pem")
+    place, entries = ("127.0.0.1", fleet.service.port), fleet.service._server._open
+    held = [context.wrap_socket(socket.create_connection(place), server_hostname="127.0.0.1")]
+    held += [socket.create_connection(place) for _ in range(2)]
+    deadline = time.monotonic() + 10
+    try:
+        while len(entries) < 3 or not any(entry.shaken for entry in list(entries.values())):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        for entry in list(entries.values()):
+            entry.since_s -= 11 if entry.shaken else 10
+        assert https(fleet, "GET", "/ca")[0] == 200
+        assert [is_open(connection) for connection in held] == [True, False, True]
+    finally:
+        for connection in held:
+            connection.close()
+
+
+def test_a_stranger_who_knows_a_device_s_key_hides_no_copied_card(fleet, tmp_path, caplog):
+    token = fleet.invite()
+    device = join(tmp_path / "device", token)
+    request = {"version": 1, "identity": bytes.fromhex(device.device), "csr": b"x", "signature": bytes(64)}
+    body = msgspec.json.encode(enrolment.RenewRequest(**request))
+    for _ in range(LINES + 2):
+        assert https(fleet, "POST", "/renew", body)[0] == 403
+    with pytest.raises(Refused):
+        join(tmp_path / "copy", token)
+    assert "refused (spent)" in caplog.messages[-1]
 
 
 def is_open(connection):
