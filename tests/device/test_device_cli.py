@@ -149,6 +149,22 @@ def test_doctor_minds_another_user_s_directory_unless_root_asks(lived, monkeypat
     assert ok or "belongs to another user" in found["directory"].detail
 
 
+def test_root_runs_nothing_of_the_user_whose_directory_it_looks_at(lived, monkeypatch):
+    (lived / "evil.py").write_text(
+        "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\ndef examples(): ...\n"
+    )
+    (lived / "device.toml").write_text(f'[tasks.{TASK}]\nexamples = "evil:examples"\n')
+    if os.getuid() == 0:
+        for path in (lived, *lived.rglob("*")):
+            os.chown(path, 12345, -1)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    found = {finding.check: finding for finding in checkup.doctor(lived)}
+    for check in ("examples", "training"):
+        assert (found[check].ok, "not looked at by root" in found[check].detail) == (None, True)
+    assert found["directory"].ok
+    assert not (lived / "ran").exists()
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"sordino1.\xe9", None])
 def test_a_token_file_that_holds_none_is_refused_in_one_line(tmp_path, content):
     if content is not None:
