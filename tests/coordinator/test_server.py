@@ -212,7 +212,8 @@ def test_no_more_than_n_max_are_taken(tmp_path):
     assert all("has its 4" in device.refusals[0].reason for device in refused)
 
 
-def test_a_round_that_has_its_contributions_is_offered_to_nobody_else(tmp_path):
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_round_that_has_its_contributions_is_offered_to_nobody_else(tmp_path, restarts):
     """A device that entered it would toss a coin, charge its ledger and be refused."""
     fleet = make(tmp_path, devices=6, n_max=4, expected=4)
     late = fleet.devices[5]
@@ -231,6 +232,8 @@ def test_a_round_that_has_its_contributions_is_offered_to_nobody_else(tmp_path):
     hear()
     assert told
     assert told[-1] is not None
+    if restarts:
+        fleet.restart()
     for frame in late.hello(fleet.clock()):
         link.send(frame)
     fleet.turn(0.01)

@@ -240,6 +240,23 @@ class TestRetries:
         assert gaps[3] > 2 * gaps[0]
         assert len({upload.header.body for upload in world.heard_of(Upload)}) == 1
 
+    def test_when_the_link_comes_back_it_offers_at_once(self, tmp_path):
+        world = World(tmp_path, receipts=False)
+        world.ticket()
+        times = []
+
+        def before_send(frame):
+            if b"upload" in frame[:8]:
+                times.append(world.time.now_s)
+                if len(times) == 3:  # the next one by itself would be some 20 s later
+                    world.hub.restart_broker()
+
+        world.before_send = before_send
+        world.device(world.directory()).run_once(120)
+        gaps = np.diff(times)
+        assert gaps[1] > 5
+        assert gaps[2] < 3
+
     def test_the_next_wake_up_sends_the_same_bytes(self, tmp_path):
         world = World(tmp_path, receipts=False)
         path = world.directory()
