@@ -3,9 +3,9 @@
 A board that runs a device is small, and a device trains for seconds and waits for hours. Two kinds of pages stay
 resident although nobody uses them: what was freed, where the C library keeps it for the next time, and the code of
 libraries that ran once, while they were loaded. onnxruntime is the large one: importing it and making a session
-touches 20 MB of code (every operator's description, every kernel's registration), of which a step of training needs a
-few. The kernel could drop such clean pages by itself, but it takes code that is mapped and was used for worth keeping,
-and puts pressure on everything else first.
+touches 20 MB of code (every operator's description, every kernel's registration), of which a step of training needs
+about half. The kernel could drop such clean pages by itself, but it takes code that is mapped and was used for worth
+keeping, and puts pressure on everything else first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ _DONTNEED = 4
 
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ \d+ *(.?)")
 """A mapping's first line in /proc/self/smaps: its addresses, what may be done with it, where its file begins."""
-
 
 _CHANGED = frozenset({"Anonymous:", "Swap:", "Shared_Hugetlb:", "Private_Hugetlb:"})
 """Where /proc/self/smaps counts pages that are not, or may not be, what the file has."""

@@ -11,7 +11,7 @@ import pytest
 from parties import DEADLINE_S
 
 from coordinator.broker import start_broker
-from coordinator.broker.amqtt import STUCK_S, _is_stuck
+from coordinator.broker.amqtt import STUCK_S, UNPASSED_MESSAGES, _Broker, _is_stuck
 from edge_sdk.transport import Connected, Inbound
 from edge_sdk.transport.wire import MAX_FRAME_BYTES
 
@@ -162,6 +162,26 @@ def test_a_slow_device_is_not_taken_for_one_that_takes_nothing():
     assert not _is_stuck(session, STUCK_S + 1)
     assert not _is_stuck(session, 2 * STUCK_S)
     assert _is_stuck(session, 2 * STUCK_S + 2)
+
+
+@pytest.mark.parametrize(
+    ("messages", "waiting_bytes", "behind"),
+    [
+        (0, 0, False),
+        (UNPASSED_MESSAGES - 1, 0, False),
+        (UNPASSED_MESSAGES, 0, True),
+        (0, 9 * MB, False),
+        (0, 11 * MB, True),
+    ],
+)
+def test_devices_wait_while_messages_or_bytes_pile_up_for_the_coordinator(messages, waiting_bytes, behind):
+    sent = {number: SimpleNamespace(data=bytes(waiting_bytes // 100)) for number in range(100 if waiting_bytes else 0)}
+    broker = SimpleNamespace(
+        _queue_bytes=10 * MB,
+        _broadcast_queue=SimpleNamespace(qsize=lambda: messages),
+        _sessions={"coordinator": (SimpleNamespace(inflight_out=sent), None)},
+    )
+    assert _Broker._is_behind(broker) is behind
 
 
 def closed(connection):
