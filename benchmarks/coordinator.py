@@ -7,9 +7,11 @@ device would send. One row a broker and n:
 
 - `null`: a hub that reads these frames from disk when the server pulls them. Its own time is taken out of the figure.
 - `mosquitto`, `amqtt`: on loopback with mutual TLS, as `edge-coordinator serve` has it (no topic rules); another
-  process plays all devices over one connection. `carried_mb_per_s` is what the broker brings through to a hub that only
-  counts (same frames, no coordinator), `ratio` the server's share of that, in pairs of runs one after the other. What
-  plays the devices shares this machine's cores with the broker and the server: on few cores that is part of the ratio.
+  process plays all devices, each over a connection of its own. `carried_mb_per_s` is what the broker brings through to
+  a hub that only counts (same frames, no coordinator), `ratio` the server's share of that, in pairs of runs one after
+  the other. What plays the devices shares this machine's cores with the broker and the server: on few cores that is
+  part of the ratio, and `all_cpu_ms_per_upload` and `carried_cpu_ms_per_upload`, the processor time of all three
+  processes, say how much of it: their quotient is the ratio that these cores would give if no time were lost.
 
 Measured is from the first upload to the last receipt, with everything that belongs to it: chunks checked, signature and
 hashes checked, vector added, written, flushed, row committed, receipt signed, sealed shares sent to five helpers.
@@ -31,7 +33,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -336,34 +338,39 @@ def measure_sink(directory: Path, url: str) -> dict[str, float]:
     expected = sum(length for entry in index for _, length in entry[4])
     hub = MqttHub(url, credentials(directory))
     print("ready", flush=True)
-    received, first, begun = 0, 0.0, time.perf_counter()
+    received, first, first_cpu_s, begun = 0, 0.0, 0.0, time.perf_counter()
     while received < expected:
         for item in hub.receive(0.5):
             if isinstance(item, Inbound):
-                first = first or time.perf_counter()
+                if not first:
+                    first, first_cpu_s = time.perf_counter(), time.process_time()
                 received += len(item.frame)
         if time.perf_counter() - begun > TIME_LIMIT_S:
             raise SystemExit(f"{received} of {expected} bytes; the hub dropped {hub.dropped}")
-    seconds = time.perf_counter() - first
+    seconds, cpu_s = time.perf_counter() - first, time.process_time() - first_cpu_s
     hub.close()
-    return {"seconds": seconds, "rss_mb": peak_mb()}
+    return {"seconds": seconds, "cpu_s": cpu_s, "rss_mb": peak_mb()}
 
 
 class RawMqtt:
-    """As little MQTT 3.1.1 as it takes to play a fleet, because the generator shares this machine's cores."""
+    """As little MQTT 3.1.1 as it takes to play devices, because the generator shares this machine's cores."""
 
-    def __init__(self, url: str, directory: Path) -> None:
+    def __init__(self, url: str, directory: Path, name: str, topics: str) -> None:
         host, port = url.removeprefix("mqtts://").split(":")
         plain = socket.create_connection((host, int(port)))
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = credentials(directory).context().wrap_socket(plain, server_hostname=host)
         self._buffer = bytearray()
+        self.outbox: deque[tuple[str, tuple[int, int] | bytes]] = deque()
         self.unacknowledged = 0
         self._next = 0
-        self._send(0x10, _text("MQTT") + bytes((4, 2)) + (0).to_bytes(2, "big") + _text("load"))
+        self._send(0x10, _text("MQTT") + bytes((4, 2)) + (0).to_bytes(2, "big") + _text(name))
         self._packet()
-        self._send(0x82, (1).to_bytes(2, "big") + _text("fl/v1/dn/+") + b"\1")
+        self._send(0x82, (1).to_bytes(2, "big") + _text(f"fl/v1/dn/{topics}") + b"\1")
         self._packet()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
 
     def publish(self, device: str, frame: bytes) -> None:
         """QoS 1."""
@@ -371,19 +378,19 @@ class RawMqtt:
         self.unacknowledged += 1
         self._send(0x32, _text(f"fl/v1/up/{device}") + self._next.to_bytes(2, "big"), frame)
 
-    def receive(self, wait: bool) -> tuple[str, bytes] | None:
-        """A message, acknowledged; None for an acknowledgement, or if nothing came and it is not to wait."""
-        waiting = self._buffer or self._socket.pending()
-        if not waiting and not select.select([self._socket], [], [], 30.0 if wait else 0.0)[0]:
-            return None
-        kind, body = self._packet()
-        if kind >> 4 == 4:
-            self.unacknowledged -= 1
-            return None
-        length = int.from_bytes(body[:2], "big")
-        topic, rest = body[2 : 2 + length].decode(), body[2 + length :]
-        self._send(0x40, rest[:2])
-        return topic.rsplit("/", 1)[1], rest[2:]
+    def receive(self) -> Iterator[tuple[str, bytes]]:
+        """What is there, acknowledged, once `select` said that something is."""
+        while True:
+            kind, body = self._packet()
+            if kind >> 4 == 4:
+                self.unacknowledged -= 1
+            else:
+                length = int.from_bytes(body[:2], "big")
+                topic, rest = body[2 : 2 + length].decode(), body[2 + length :]
+                self._send(0x40, rest[:2])
+                yield topic.rsplit("/", 1)[1], rest[2:]
+            if not self._buffer and not self._socket.pending():
+                return
 
     def _send(self, kind: int, head: bytes, payload: bytes = b"") -> None:
         length, sizes = len(head) + len(payload), bytearray()
@@ -419,24 +426,45 @@ def _text(text: str) -> bytes:
     return len(text).to_bytes(2, "big") + text.encode()
 
 
-def load(directory: Path, url: str, straight: bool) -> None:
-    """Plays all devices over one connection: answers pulls, or, straight, sends every chunk. Until stdin ends."""
-    prepared, link = Prepared(directory), RawMqtt(url, directory)
-    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
-    outbox: deque[tuple[str, Any]] = deque()
-    if straight:
-        outbox.extend((device, place) for device, places in prepared.chunks.items() for place in places)
+def load(directory: Path, url: str, straight: bool, together: bool) -> None:
+    """Plays all devices: answers pulls, or, straight, sends every chunk. From a line on stdin until stdin ends.
+
+    together: over one connection. Else each has its own, as in a fleet.
+    """
+    prepared = Prepared(directory)
+    names = [*prepared.devices, *prepared.helpers]
+    if together:
+        links, window = dict.fromkeys(names, RawMqtt(url, directory, "load", "+")), 128
     else:
-        outbox.extend(prepared.hello())
-        outbox.extend((device, place) for device, place in prepared.uploads.items())
+        links, window = {name: RawMqtt(url, directory, name, name) for name in names}, 8
+    distinct = {link.fileno(): link for link in links.values()}
+    poll = select.epoll()
+    for fd in distinct:
+        poll.register(fd, select.EPOLLIN)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+    if straight:
+        for device, places in prepared.chunks.items():
+            links[device].outbox.extend((device, place) for place in places)
+    else:
+        for name, item in (*prepared.hello(), *prepared.uploads.items()):
+            links[name].outbox.append((name, item))
+    sending = deque(link for link in distinct.values() if link.outbox)
     while True:
-        while outbox and link.unacknowledged < 128:
-            device, item = outbox.popleft()
+        for _ in range(min(len(sending), 16)):
+            link = sending.popleft()
+            device, item = link.outbox.popleft()
             link.publish(device, item if isinstance(item, bytes) else prepared.read(item))
-        message = link.receive(wait=not outbox or link.unacknowledged >= 128)
-        if message is not None:
-            device, frame = message
-            outbox.extend((device, answer) for answer in prepared.answer(device, frame))
+            if link.outbox and link.unacknowledged < window:
+                sending.append(link)
+        for fd, _ in poll.poll(0.0 if sending else 30.0):
+            link = distinct[fd]
+            sends = bool(link.outbox) and link.unacknowledged < window
+            for device, frame in link.receive():
+                link.outbox.extend((device, answer) for answer in prepared.answer(device, frame))
+            if not sends and link.outbox and link.unacknowledged < window:
+                sending.append(link)
 
 
 class Role:
@@ -455,10 +483,21 @@ class Role:
             raise SystemExit(f"{self.process.args!r} ended with {self.process.wait()}")
         return line
 
+    def go(self) -> None:
+        if self.process.stdin is not None:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+
     def end(self) -> None:
         if self.process.stdin is not None:
             self.process.stdin.close()
         self.process.wait(30)
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time of another process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def free_port() -> int:
@@ -468,10 +507,10 @@ def free_port() -> int:
 
 AMQTT = """
 import asyncio, json, logging, sys
-from amqtt.broker import Broker
+from coordinator.broker.amqtt import Directed
 async def main():
     logging.getLogger("amqtt").setLevel(logging.ERROR)
-    await Broker(json.loads(sys.argv[1])).start()
+    await Directed(json.loads(sys.argv[1])).start()
     await asyncio.Event().wait()
 asyncio.run(main())
 """
@@ -514,16 +553,20 @@ def start_broker(kind: str, directory: Path) -> tuple[subprocess.Popen[bytes], s
     raise SystemExit(f"{kind} does not listen")
 
 
-def with_broker(kind: str, directory: Path, role: str) -> dict[str, float]:
+def with_broker(kind: str, directory: Path, role: str, together: bool) -> dict[str, float]:
     """One measurement on a fresh broker: role "server" or "sink"."""
     process, url = start_broker(kind, directory)
+    where = ("--directory", str(directory), "--url", url)
     try:
-        measured = Role("--role", role, "--directory", str(directory), "--url", url)
+        measured = Role("--role", role, *where)
         measured.line()
-        generator = Role(
-            "--role", "straight" if role == "sink" else "load", "--directory", str(directory), "--url", url
-        )
+        generator = Role("--role", "straight" if role == "sink" else "load", *where, *["--together"] * together)
+        generator.line()
+        others = process.pid, generator.process.pid
+        before = sum(map(cpu_s, others))
+        generator.go()
         result: dict[str, float] = json.loads(measured.line())
+        result["all_cpu_s"] = result["cpu_s"] + sum(map(cpu_s, others)) - before
         generator.end()
         measured.end()
         return result
@@ -532,7 +575,7 @@ def with_broker(kind: str, directory: Path, role: str) -> dict[str, float]:
         process.wait()
 
 
-def rows(n: int, d: int, brokers: list[str], repeat: int) -> list[dict[str, object]]:
+def rows(n: int, d: int, brokers: list[str], repeat: int, together: bool) -> list[dict[str, object]]:
     """Prepare once for this n, then measure each broker `repeat` times, each time on a copy of the store."""
     found: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as root:
@@ -549,8 +592,8 @@ def rows(n: int, d: int, brokers: list[str], repeat: int) -> list[dict[str, obje
                 if broker == "null":
                     served.append(json.loads(Role("--role", "null", "--directory", root).line()))
                 else:
-                    served.append(with_broker(broker, directory, "server"))
-                    carried.append(with_broker(broker, directory, "sink"))
+                    served.append(with_broker(broker, directory, "server", together))
+                    carried.append(with_broker(broker, directory, "sink", together))
             seconds = [result["seconds"] for result in served]
             row: dict[str, object] = {
                 "broker": broker, "n": n, "d": d, "upload_bytes": size,
@@ -562,6 +605,8 @@ def rows(n: int, d: int, brokers: list[str], repeat: int) -> list[dict[str, obje
             if carried:
                 row["carried_mb_per_s"] = round(n * size / median(sink["seconds"] for sink in carried) / 1e6, 1)
                 ratios = [sink["seconds"] / mine for sink, mine in zip(carried, seconds, strict=True)]
+                for key, measured in (("all_cpu_ms_per_upload", served), ("carried_cpu_ms_per_upload", carried)):
+                    row[key] = round(1e3 * median(result["all_cpu_s"] for result in measured) / n, 2)
                 row |= {"ratio": round(median(ratios), 2), "ratio_range": _range(ratios, 2)}
             found.append(row)
     return found
@@ -578,6 +623,7 @@ def main() -> None:
     parser.add_argument("--d", type=int, default=100_000)
     parser.add_argument("--broker", nargs="+", default=["null", "mosquitto", "amqtt"])
     parser.add_argument("--repeat", type=int, default=3, help="of which the medians, and the least and the most")
+    parser.add_argument("--together", action="store_true", help="all devices over one connection: a cheaper generator")
     parser.add_argument("--json", action="store_true", help="one object a line")
     parser.add_argument("--role", choices=("prepare", "null", "server", "sink", "load", "straight"), help="internal")
     parser.add_argument("--directory", type=Path, help="internal")
@@ -593,10 +639,10 @@ def main() -> None:
         case "sink":
             print(json.dumps(measure_sink(options.directory, options.url)), flush=True)
         case "load" | "straight":
-            load(options.directory, options.url, options.role == "straight")
+            load(options.directory, options.url, options.role == "straight", options.together)
         case _:
             for n in options.n:
-                for row in rows(n, options.d, options.broker, options.repeat):
+                for row in rows(n, options.d, options.broker, options.repeat, options.together):
                     print(
                         json.dumps(row) if options.json else "  ".join(f"{k} {v}" for k, v in row.items()), flush=True
                     )

@@ -52,6 +52,17 @@ def test_frames_travel_both_ways_up_to_the_limit(world):
     assert frames(wait_for(alice, lambda item: item == large)) == [large]
 
 
+@pytest.mark.parametrize("world", ["amqtt"], indirect=True)
+def test_a_message_is_not_held_against_what_others_subscribed_to(world, monkeypatch):
+    # amqtt asks this for each subscription and message: with 2,000 devices three quarters of its time.
+    monkeypatch.setattr("amqtt.broker.Broker._matches", lambda *_: pytest.fail("a message cost as much as the fleet"))
+    hub, bob = connected(world.hub), connected(world.device(world.bob))
+    bob.send(b"from bob")
+    assert frames(wait_for(hub, lambda item: isinstance(item, Inbound))) == [Inbound(world.bob.name, b"from bob")]
+    hub.send(world.bob.name, b"for bob")
+    assert frames(wait_for(bob, lambda item: item == b"for bob")) == [b"for bob"]
+
+
 @pytest.mark.parametrize("who", ["nobody", "other CA", "self-signed name"])
 def test_a_stranger_is_refused(world, tmp_path, who):
     connected(world.hub)
