@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from coordinator.rows import ModelRow, TaskRow, Transaction
 from coordinator.task import Planned, Task, load
+from edge_sdk.crypto.identity import Identity
+from edge_sdk.protocol import messages
+from edge_sdk.transport.wire import Model
 
 MODELS_SERVED = 3
 """Newest models of a task that devices can fetch: who began before the last one was published ends in peace."""
@@ -32,6 +35,7 @@ class RunningTask:
     lacks_devices: bool = False
     lacks_prekeys: set[bytes] = field(default_factory=set)
     """Members whose prekey the next ticket waits for, by key."""
+    _signed: dict[int, bytes] = field(default_factory=dict, repr=False)
 
     @classmethod
     def restore(cls, t: Transaction, row: TaskRow) -> RunningTask:
@@ -54,6 +58,17 @@ class RunningTask:
     def publish(self, model: ModelRow) -> None:
         """A round gave the next model."""
         self.models = [*self.models, model][-MODELS_SERVED:]
+        self._signed = {row.number: self._signed[row.number] for row in self.models if row.number in self._signed}
+
+    def signed(self, model: ModelRow, identity: Identity) -> bytes:
+        """One of its models as a signed `Model`, encoded. Made once, for every welcome names it.
+
+        identity: the coordinator's.
+        """
+        if model.number not in self._signed:
+            named = Model(self.task.name, model.number, self.planned.bundle, model.parameters)
+            self._signed[model.number] = messages.encode(messages.sign(identity, named))
+        return self._signed[model.number]
 
     # --- what the next ticket waits for
 

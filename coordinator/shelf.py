@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from edge_sdk.transport.chunks import Blob, parcel_of
-from edge_sdk.transport.wire import BlobRef, Parcel
+from edge_sdk.transport.chunks import Blob
+from edge_sdk.transport.wire import INLINE_BYTES, BlobRef, Parcel
 
 
 class Shelf:
@@ -44,15 +44,17 @@ class Shelf:
         return self._files[name].ref
 
     def parcel(self, owner: bytes, message: bytes, *, inline: bool = True) -> Parcel:
-        """The message itself if it fits a frame and may be `inline`, else it is put on the shelf to be fetched."""
-        parcel, blob = parcel_of(message)
-        if blob is None and not inline:
+        """The message itself if it fits a frame and may be `inline`, else it is put on the shelf to be fetched.
+
+        An owner has one message: it is hashed once, though every welcome names it.
+        """
+        if inline and len(message) <= INLINE_BYTES:
+            return message
+        if owner not in self._messages:
             blob = Blob.of(message)
-            parcel = blob.ref
-        if blob is not None:
             self._blobs[blob.ref.id] = blob
             self._messages[owner] = blob.ref.id
-        return parcel
+        return self._blobs[self._messages[owner]].ref
 
     def find(self, blob: bytes) -> Blob | None:
         """By its id."""

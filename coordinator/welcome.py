@@ -14,7 +14,7 @@ from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError
 from edge_sdk.protocol import messages
 from edge_sdk.protocol.messages import Signed
-from edge_sdk.transport.wire import MAX_TASKS, Enrolment, Model, Parcel, TaskState, Welcome
+from edge_sdk.transport.wire import MAX_TASKS, Enrolment, Parcel, TaskState, Welcome
 
 INLINE_TICKETS = 48 << 10
 """Bytes of tickets in one Welcome; further ones are fetched."""
@@ -73,6 +73,5 @@ def _enrolment(device: DeviceRow, epoch: InForce | None) -> Enrolment | None:
 
 
 def _state(running: RunningTask, model: ModelRow, ticket: Parcel | None, identity: Identity, shelf: Shelf) -> TaskState:
-    signed = messages.sign(identity, Model(running.task.name, model.number, running.planned.bundle, model.parameters))
     bundle, parameters = shelf.file(running.row.bundle_file), shelf.file(model.parameters)
-    return TaskState(messages.encode(signed), bundle, parameters, ticket)
+    return TaskState(running.signed(model, identity), bundle, parameters, ticket)

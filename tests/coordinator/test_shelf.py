@@ -51,3 +51,14 @@ def test_a_message_goes_with_its_owner(shelf):
     shelf.keep((), {b"epoch"})
     assert shelf.find(first.id) is None
     assert shelf.find(second.id) is not None
+
+
+def test_a_message_is_hashed_once_however_many_are_told_of_it(shelf, monkeypatch):
+    first = shelf.parcel(b"round", LONG)
+    monkeypatch.setattr(Blob, "of", lambda data: pytest.fail("hashed again"))
+    assert shelf.parcel(b"round", LONG) == first
+
+
+def test_a_message_that_was_put_on_the_shelf_still_goes_in_a_frame_that_has_room(shelf):
+    assert isinstance(shelf.parcel(b"round", b"short", inline=False), BlobRef)
+    assert shelf.parcel(b"round", b"short") == b"short"

@@ -92,6 +92,17 @@ def test_with_a_ticket_comes_the_model_that_it_names_though_a_newer_one_is_out(w
     assert model_of(state).parameters == world.running.models[0].parameters != content_hash(b"the second model")
 
 
+def test_a_model_is_signed_once_and_each_model_by_itself(world, monkeypatch):
+    said = [world.say(device, Standing(world.running, None)).tasks[0].model for device in DEVICES[:2]]
+    with monkeypatch.context() as patch:
+        patch.setattr("edge_sdk.protocol.messages.sign", lambda *_: pytest.fail("signed again"))
+        said.append(world.say(DEVICES[2], Standing(world.running, None)).tasks[0].model)
+    assert said == said[:1] * 3
+    world.running.publish(world.running.model._replace(number=2))
+    (state,) = world.say(DEVICES[0], Standing(world.running, None)).tasks
+    assert model_of(state).round == 2
+
+
 def test_tickets_beyond_what_one_frame_takes_are_fetched(world):
     half = INLINE_TICKETS // 2 - 100
     rounds = [ticket(1, half, tid) for tid in (b"one", b"two", b"three")]
