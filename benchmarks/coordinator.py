@@ -15,6 +15,7 @@ device would send. One row a broker and n:
 
 Measured is from the first upload to the last receipt, with everything that belongs to it: chunks checked, signature and
 hashes checked, vector added, written, flushed, row committed, receipt signed, sealed shares sent to five helpers.
+`downloads_per_s` is the way back: every device says Hello, is welcomed, and fetches the model of 4 d bytes.
 `rss_mb` is the server process's peak (VmHWM), Python and all imports included; `cpu_ms_per_upload` its processor time,
 all threads, which a busy machine or disk changes less than `uploads_per_s`.
 """
@@ -64,15 +65,19 @@ from edge_sdk.transport.chunks import Blob, chunk_count
 from edge_sdk.transport.mqtt import Credentials, MqttHub
 from edge_sdk.transport.wire import (
     BlobRef,
+    Chunk,
     Hello,
     Letter,
+    Position,
     Pull,
     Upload,
+    Welcome,
     decode_down,
     decode_up,
     encode_frame,
 )
 
+ROLES = ("prepare", "null", "server", "sink", "load", "straight", "downloads", "fetch")
 HELPERS = 5
 DAY_S = 86_400
 TIME_LIMIT_S = 300.0
@@ -282,6 +287,23 @@ def measure_null(directory: Path) -> dict[str, float]:
     return {"seconds": seconds, "cpu_s": cpu_s, "rss_mb": peak_mb()}
 
 
+def _set_at_end(ended: threading.Event) -> None:
+    sys.stdin.read()
+    ended.set()
+
+
+def serve_downloads(directory: Path, url: str) -> None:
+    """The server behind a broker, while devices fetch the model: until stdin ends."""
+    hub = MqttHub(url, credentials(directory))
+    server = serve(directory, hub)
+    ended = threading.Event()
+    threading.Thread(target=_set_at_end, args=(ended,), daemon=True).start()
+    print("ready", flush=True)
+    server.run(ended.is_set)
+    server.close()
+    hub.close()
+
+
 def measure_server(directory: Path, url: str) -> dict[str, float]:
     """The server behind a broker, until it has taken every upload."""
     n = len(json.loads((directory / "index.json").read_text()))
@@ -466,6 +488,35 @@ def load(directory: Path, url: str, straight: bool, together: bool) -> None:
                 sending.append(link)
 
 
+def fetch(directory: Path, url: str) -> dict[str, float]:
+    """Plays all devices at a new model: each says Hello, is told of it and fetches it."""
+    names = Prepared(directory).devices
+    links = {link.fileno(): link for link in (RawMqtt(url, directory, name, name) for name in names)}
+    poll = select.epoll()
+    for fd in links:
+        poll.register(fd, select.EPOLLIN)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    begun = time.perf_counter()
+    hello = encode_frame(Hello(1, 0, 0, False, [Position("bench", -1)]))
+    for name, link in zip(names, links.values(), strict=True):
+        link.publish(name, hello)
+    left: dict[str, int] = {}
+    while len(left) < len(names) or any(left.values()):
+        if time.perf_counter() - begun > TIME_LIMIT_S:
+            raise SystemExit(f"{sum(map(bool, left.values()))} of {len(names)} downloads after {TIME_LIMIT_S} s")
+        for fd, _ in poll.poll(1.0):
+            for name, frame in links[fd].receive():
+                said = decode_down(frame)
+                if isinstance(said, Welcome) and name not in left:
+                    model = said.tasks[0].parameters
+                    left[name] = chunk_count(model.size)
+                    links[fd].publish(name, encode_frame(Pull(model.id, list(range(left[name])))))
+                elif isinstance(said, Chunk):
+                    left[name] -= 1
+    return {"seconds": time.perf_counter() - begun}
+
+
 class Role:
     """Another process on this file, in one of its roles."""
 
@@ -574,6 +625,27 @@ def with_broker(kind: str, directory: Path, role: str, together: bool) -> dict[s
         process.wait()
 
 
+def with_downloads(kind: str, directory: Path) -> dict[str, float]:
+    """One measurement of downloads, on a fresh broker."""
+    process, url = start_broker(kind, directory)
+    where = ("--directory", str(directory), "--url", url)
+    try:
+        server = Role("--role", "downloads", *where)
+        server.line()
+        devices = Role("--role", "fetch", *where)
+        devices.line()
+        before = cpu_s(server.process.pid)
+        devices.go()
+        result: dict[str, float] = json.loads(devices.line())
+        result["cpu_s"] = cpu_s(server.process.pid) - before
+        devices.end()
+        server.end()
+        return result
+    finally:
+        process.kill()
+        process.wait()
+
+
 def rows(n: int, d: int, brokers: list[str], repeat: int, together: bool) -> list[dict[str, object]]:
     """Prepare once for this n, then measure each broker `repeat` times, each time on a copy of the store."""
     found: list[dict[str, object]] = []
@@ -583,7 +655,7 @@ def rows(n: int, d: int, brokers: list[str], repeat: int, together: bool) -> lis
         shutil.copytree(directory / "store", directory / "fresh")
         size = json.loads((directory / "index.json").read_text())[0][2]
         for broker in brokers:
-            served, carried = [], []
+            served, carried, fetched = [], [], []
             for _ in range(repeat):
                 shutil.rmtree(directory / "store")
                 shutil.copytree(directory / "fresh", directory / "store")
@@ -593,6 +665,9 @@ def rows(n: int, d: int, brokers: list[str], repeat: int, together: bool) -> lis
                 else:
                     served.append(with_broker(broker, directory, "server", together))
                     carried.append(with_broker(broker, directory, "sink", together))
+                    shutil.rmtree(directory / "store")
+                    shutil.copytree(directory / "fresh", directory / "store")
+                    fetched.append(with_downloads(broker, directory))
             seconds = [result["seconds"] for result in served]
             row: dict[str, object] = {
                 "broker": broker, "n": n, "d": d, "upload_bytes": size,
@@ -606,6 +681,8 @@ def rows(n: int, d: int, brokers: list[str], repeat: int, together: bool) -> lis
                 ratios = [sink["seconds"] / mine for sink, mine in zip(carried, seconds, strict=True)]
                 for key, measured in (("all_cpu_ms_per_upload", served), ("carried_cpu_ms_per_upload", carried)):
                     row[key] = round(1e3 * median(result["all_cpu_s"] for result in measured) / n, 2)
+                row["downloads_per_s"] = round(n / median(result["seconds"] for result in fetched), 1)
+                row["cpu_ms_per_download"] = round(1e3 * median(result["cpu_s"] for result in fetched) / n, 2)
                 row |= {"ratio": round(median(ratios), 2), "ratio_range": _range(ratios, 2)}
             found.append(row)
     return found
@@ -624,7 +701,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, help="of which the medians, and the least and the most")
     parser.add_argument("--together", action="store_true", help="all devices over one connection: a cheaper generator")
     parser.add_argument("--json", action="store_true", help="one object a line")
-    parser.add_argument("--role", choices=("prepare", "null", "server", "sink", "load", "straight"), help="internal")
+    parser.add_argument("--role", choices=ROLES, help="internal")
     parser.add_argument("--directory", type=Path, help="internal")
     parser.add_argument("--url", help="internal")
     options = parser.parse_args()
@@ -637,6 +714,10 @@ def main() -> None:
             print(json.dumps(measure_server(options.directory, options.url)), flush=True)
         case "sink":
             print(json.dumps(measure_sink(options.directory, options.url)), flush=True)
+        case "downloads":
+            serve_downloads(options.directory, options.url)
+        case "fetch":
+            print(json.dumps(fetch(options.directory, options.url)), flush=True)
         case "load" | "straight":
             load(options.directory, options.url, options.role == "straight", options.together)
         case _:
