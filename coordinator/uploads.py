@@ -87,8 +87,6 @@ class Uploads:
         header = messages.decode(Header, signed.body)
         digest = message_hash(Header, signed.body)
         name, live = device.key.hex(), self._rounds.get(header.tid)
-        if self._receipt_again(name, header, digest, live):
-            return None
         refusal = _why_not(device, live, now_s)
         if live is not None and refusal is None and len(upload) != live.upload_bytes:
             refusal = "the upload has not the ticket's size"

@@ -7,13 +7,16 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from coordinator import events
+from coordinator.__main__ import main
 from coordinator.commands import serving
 from coordinator.commands.output import print_result
 from coordinator.rounds import Spent
+from coordinator.serving import Service
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = events.ModelPublished(
@@ -81,3 +84,26 @@ def test_the_process_that_serves_may_open_many_files(monkeypatch, soft, hard, af
     monkeypatch.setattr(resource, "setrlimit", lambda what, values: limits.update(now=values))
     serving._allow_descriptors()
     assert limits["now"] == (after if after is not None else soft, hard)
+
+
+def test_serve_asks_for_many_files_before_it_serves(tmp_path, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def ask():
+        raise Asked
+
+    monkeypatch.setattr(serving, "_allow_descriptors", ask)
+    monkeypatch.setattr("coordinator.serving.Service", lambda *_: pytest.fail("it serves already"))
+    with pytest.raises(Asked):
+        main(["serve", "--dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("revoked", [False, True])
+def test_the_server_is_told_of_a_revocation_before_it_reads_another_frame(revoked):
+    told, stop = [], object()
+    service = Service.__new__(Service)
+    service._look_s, service._read_revoked = 0.0, lambda: revoked
+    service._server = SimpleNamespace(run=lambda ask: told.append(ask()), look=lambda: told.append("look"))
+    service.run(lambda: stop)
+    assert told == [*["look"] * revoked, stop]
