@@ -6,7 +6,7 @@ Every contribution is made in advance, for a ticket that the server itself issue
 device would send. One row a broker and n:
 
 - `null`: a hub that reads these frames from disk when the server pulls them. Its own time is taken out of the figure.
-- `mosquitto`, `amqtt`: on loopback with mutual TLS, as `edge-coordinator serve` has it (no topic rules); another
+- `mosquitto`, `amqtt`: on loopback with mutual TLS and topic rules, as `edge-coordinator serve` starts it; another
   process plays all devices, each over a connection of its own. `carried_mb_per_s` is what the broker brings through to
   a hub that only counts (same frames, no coordinator), `ratio` the server's share of that, in pairs of runs one after
   the other. What plays the devices shares this machine's cores with the broker and the server: on few cores that is
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import select
 import shutil
@@ -35,6 +36,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,19 +46,22 @@ if __name__ == "__main__":
     sys.path.pop(0)
 
 import numpy as np
+from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA256
 
 from coordinator import events
-from coordinator.broker.mosquitto import find_mosquitto
+from coordinator.broker import SLACK_BYTES, Kind, Listener, start_broker
 from coordinator.ca import CertificateAuthority
 from coordinator.optimizer import pack_memory
 from coordinator.rows import EpochRow, ModelRow, TaskRow
-from coordinator.server import Server
+from coordinator.server import UPLOAD_MEMORY, Server
 from coordinator.store import Store
 from coordinator.task import Planned, Task
 from edge_sdk.crypto.hashing import derive_key
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.crypto.sealing import encapsulate
 from edge_sdk.crypto.stream import KeyStream
+from edge_sdk.enrolment import private_pem, tls_key
 from edge_sdk.protocol import authority, contributor, member, messages
 from edge_sdk.protocol.messages import Anchor, NoisePlan, Receipt, Signed, unwrap
 from edge_sdk.protocol.rounds import Round
@@ -79,6 +84,8 @@ from edge_sdk.transport.wire import (
 
 ROLES = ("prepare", "null", "server", "sink", "load", "straight", "downloads", "fetch")
 HELPERS = 5
+IN_FLIGHT = 8
+QUEUE_BYTES = UPLOAD_MEMORY + SLACK_BYTES
 DAY_S = 86_400
 TIME_LIMIT_S = 300.0
 SEED = bytes(range(32))
@@ -202,6 +209,21 @@ def prepare(directory: Path, n: int, d: int) -> None:
             chunks = [put(encode_frame(blob.chunk(i))) for i in range(chunk_count(blob.ref.size))]
             index.append([key.public_key.hex(), blob.ref.id.hex(), blob.ref.size, upload, chunks])
     (directory / "index.json").write_text(json.dumps(index))
+    certify(directory / "tls", [key.public_key.hex() for key in (*devices, *helpers)])
+
+
+def certify(tls: Path, names: list[str]) -> None:
+    """A CA, the coordinator's certificates, and one for each of these names; they share a key, which spares time."""
+    tls.mkdir(mode=0o700)
+    now_s = int(time.time())
+    ca = CertificateAuthority.create(tls, "bench", now_s)
+    ca.ensure_service_certificates(["127.0.0.1"], now_s)
+    ca.write_crl([], now_s)
+    key = tls_key(os.urandom(48))
+    (tls / "devices.key").write_bytes(private_pem(key))
+    request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, SHA256())
+    for name in names:
+        (tls / f"{name}.pem").write_bytes(ca.issue_device(request, name, now_s, 30).pem)
 
 
 class Prepared:
@@ -287,46 +309,46 @@ def measure_null(directory: Path) -> dict[str, float]:
     return {"seconds": seconds, "cpu_s": cpu_s, "rss_mb": peak_mb()}
 
 
-def _set_at_end(ended: threading.Event) -> None:
-    sys.stdin.read()
-    ended.set()
-
-
-def serve_downloads(directory: Path, url: str) -> None:
-    """The server behind a broker, while devices fetch the model: until stdin ends."""
-    hub = MqttHub(url, credentials(directory))
-    server = serve(directory, hub)
+def serve_downloads(directory: Path, kind: Kind) -> None:
+    """The server with a broker, while devices fetch the model: until stdin ends."""
     ended = threading.Event()
-    threading.Thread(target=_set_at_end, args=(ended,), daemon=True).start()
-    print("ready", flush=True)
-    server.run(ended.is_set)
-    server.close()
-    hub.close()
+
+    def wait() -> None:
+        sys.stdin.read()
+        ended.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    with linked(directory, kind, QUEUE_BYTES) as hub:
+        server = serve(directory, hub)
+        server.run(ended.is_set)
+        server.close()
 
 
-def measure_server(directory: Path, url: str) -> dict[str, float]:
-    """The server behind a broker, until it has taken every upload."""
+def measure_server(directory: Path, kind: Kind) -> None:
+    """The server with a broker, until it has taken every upload."""
     n = len(json.loads((directory / "index.json").read_text()))
-    taken, first = 0, 0.0
+    taken = 0
 
     def count(event: events.Event) -> None:
         nonlocal taken
         taken += isinstance(event, events.Contributed)
 
-    hub = MqttHub(url, credentials(directory))
-    counting = Counting(hub)
-    server = serve(directory, counting, on_event=count)
-    print("ready", flush=True)
-    begun = time.perf_counter()
-    server.run(lambda: taken >= n or time.perf_counter() - begun > TIME_LIMIT_S)
-    if taken < n:
-        raise SystemExit(f"{taken} of {n} uploads after {TIME_LIMIT_S} s; the hub dropped {hub.dropped}")
-    first = counting.first_s
-    seconds, cpu_s = time.perf_counter() - first, time.process_time() - counting.first_cpu_s
-    server.step(0.1)
-    server.close()
-    hub.close()
-    return {"seconds": seconds, "cpu_s": cpu_s, "rss_mb": peak_mb()}
+    with linked(directory, kind, QUEUE_BYTES) as hub:
+        counting = Counting(hub)
+        server = serve(directory, counting, on_event=count)
+        begun = time.perf_counter()
+        server.run(lambda: taken >= n or time.perf_counter() - begun > TIME_LIMIT_S)
+        if taken < n:
+            raise SystemExit(f"{taken} of {n} uploads after {TIME_LIMIT_S} s; the hub dropped {hub.dropped}")
+        tell(counting.first_s, counting.first_cpu_s)
+        server.close()
+
+
+def tell(first_s: float, first_cpu_s: float) -> None:
+    """What was measured, since these times. Until stdin ends, all processes are left as they are."""
+    seconds, cpu_s = time.perf_counter() - first_s, time.process_time() - first_cpu_s
+    print(json.dumps({"seconds": seconds, "cpu_s": cpu_s, "rss_mb": peak_mb()}), flush=True)
+    sys.stdin.read()
 
 
 class Counting:
@@ -353,41 +375,39 @@ class Counting:
         self._hub.close()
 
 
-def measure_sink(directory: Path, url: str) -> dict[str, float]:
-    """A hub that only counts the chunks' bytes."""
+def measure_sink(directory: Path, kind: Kind) -> None:
+    """A broker with a hub that only counts the chunks' bytes."""
     index = json.loads((directory / "index.json").read_text())
     expected = sum(length for entry in index for _, length in entry[4])
-    hub = MqttHub(url, credentials(directory))
-    print("ready", flush=True)
-    received, first, first_cpu_s, begun = 0, 0.0, 0.0, time.perf_counter()
-    while received < expected:
-        for item in hub.receive(0.5):
-            if isinstance(item, Inbound):
-                if not first:
-                    first, first_cpu_s = time.perf_counter(), time.process_time()
-                received += len(item.frame)
-        if time.perf_counter() - begun > TIME_LIMIT_S:
-            raise SystemExit(f"{received} of {expected} bytes; the hub dropped {hub.dropped}")
-    seconds, cpu_s = time.perf_counter() - first, time.process_time() - first_cpu_s
-    hub.close()
-    return {"seconds": seconds, "cpu_s": cpu_s, "rss_mb": peak_mb()}
+    # Nobody grants anything here, and mosquitto drops what is over the limit.
+    with linked(directory, kind, 1 << 40 if kind == "mosquitto" else QUEUE_BYTES) as hub:
+        received, first_s, first_cpu_s, begun = 0, 0.0, 0.0, time.perf_counter()
+        while received < expected:
+            for item in hub.receive(0.5):
+                if isinstance(item, Inbound):
+                    if not first_s:
+                        first_s, first_cpu_s = time.perf_counter(), time.process_time()
+                    received += len(item.frame)
+            if time.perf_counter() - begun > TIME_LIMIT_S:
+                raise SystemExit(f"{received} of {expected} bytes; the hub dropped {hub.dropped}")
+        tell(first_s, first_cpu_s)
 
 
 class RawMqtt:
-    """As little MQTT 3.1.1 as it takes to play devices, because the generator shares this machine's cores."""
+    """As little MQTT 3.1.1 as it takes to play a device, because the generator shares this machine's cores."""
 
-    def __init__(self, url: str, directory: Path, name: str, topics: str) -> None:
+    def __init__(self, url: str, directory: Path, name: str) -> None:
         host, port = url.removeprefix("mqtts://").split(":")
         plain = socket.create_connection((host, int(port)))
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket = credentials(directory).context().wrap_socket(plain, server_hostname=host)
+        self._socket = credentials(directory, name).context().wrap_socket(plain, server_hostname=host)
         self._buffer = bytearray()
         self.outbox: deque[tuple[str, tuple[int, int] | bytes]] = deque()
         self.unacknowledged = 0
         self._next = 0
         self._send(0x10, _text("MQTT") + bytes((4, 2)) + (0).to_bytes(2, "big") + _text(name))
         self._packet()
-        self._send(0x82, (1).to_bytes(2, "big") + _text(f"fl/v1/dn/{topics}") + b"\1")
+        self._send(0x82, (1).to_bytes(2, "big") + _text(f"fl/v1/dn/{name}") + b"\1")
         self._packet()
 
     def fileno(self) -> int:
@@ -447,20 +467,12 @@ def _text(text: str) -> bytes:
     return len(text).to_bytes(2, "big") + text.encode()
 
 
-def load(directory: Path, url: str, straight: bool, together: bool) -> None:
-    """Plays all devices: answers pulls, or, straight, sends every chunk. From a line on stdin until stdin ends.
-
-    together: over one connection. Else each has its own, as in a fleet.
-    """
+def load(directory: Path, url: str, straight: bool) -> None:
+    """Plays all devices: answers pulls, or, straight, sends every chunk. From a line on stdin until stdin ends."""
     prepared = Prepared(directory)
-    names = [*prepared.devices, *prepared.helpers]
-    if together:
-        links, window = dict.fromkeys(names, RawMqtt(url, directory, "load", "+")), 128
-    else:
-        links, window = {name: RawMqtt(url, directory, name, name) for name in names}, 8
-    distinct = {link.fileno(): link for link in links.values()}
-    poll = select.epoll()
-    for fd in distinct:
+    links = {name: RawMqtt(url, directory, name) for name in (*prepared.devices, *prepared.helpers)}
+    by_fd, poll = {link.fileno(): link for link in links.values()}, select.epoll()
+    for fd in by_fd:
         poll.register(fd, select.EPOLLIN)
     print("ready", flush=True)
     sys.stdin.readline()
@@ -471,27 +483,27 @@ def load(directory: Path, url: str, straight: bool, together: bool) -> None:
     else:
         for name, item in (*prepared.hello(), *prepared.uploads.items()):
             links[name].outbox.append((name, item))
-    sending = deque(link for link in distinct.values() if link.outbox)
+    sending = deque(link for link in links.values() if link.outbox)
     while True:
         for _ in range(min(len(sending), 16)):
             link = sending.popleft()
             device, item = link.outbox.popleft()
             link.publish(device, item if isinstance(item, bytes) else prepared.read(item))
-            if link.outbox and link.unacknowledged < window:
+            if link.outbox and link.unacknowledged < IN_FLIGHT:
                 sending.append(link)
         for fd, _ in poll.poll(0.0 if sending else 30.0):
-            link = distinct[fd]
-            sends = bool(link.outbox) and link.unacknowledged < window
+            link = by_fd[fd]
+            sends = bool(link.outbox) and link.unacknowledged < IN_FLIGHT
             for device, frame in link.receive():
                 link.outbox.extend((device, answer) for answer in prepared.answer(device, frame))
-            if not sends and link.outbox and link.unacknowledged < window:
+            if not sends and link.outbox and link.unacknowledged < IN_FLIGHT:
                 sending.append(link)
 
 
 def fetch(directory: Path, url: str) -> dict[str, float]:
     """Plays all devices at a new model: each says Hello, is told of it and fetches it."""
     names = Prepared(directory).devices
-    links = {link.fileno(): link for link in (RawMqtt(url, directory, name, name) for name in names)}
+    links = {link.fileno(): link for link in (RawMqtt(url, directory, name) for name in names)}
     poll = select.epoll()
     for fd in links:
         poll.register(fd, select.EPOLLIN)
@@ -555,98 +567,56 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-AMQTT = """
-import asyncio, json, logging, sys
-from coordinator.broker.amqtt import Directed
-async def main():
-    logging.getLogger("amqtt").setLevel(logging.ERROR)
-    await Directed(json.loads(sys.argv[1])).start()
-    await asyncio.Event().wait()
-asyncio.run(main())
-"""
-
-
-def credentials(directory: Path) -> Credentials:
+def credentials(directory: Path, name: str | None = None) -> Credentials:
+    """The coordinator's, or a device's."""
     tls = directory / "tls"
-    return Credentials(tls / "ca.pem", tls / "client.pem", tls / "client.key")
+    if name is None:
+        return Credentials(tls / "ca.pem", tls / "client.pem", tls / "client.key")
+    return Credentials(tls / "ca.pem", tls / f"{name}.pem", tls / "devices.key")
 
 
-def start_broker(kind: str, directory: Path) -> tuple[subprocess.Popen[bytes], str]:
-    port, tls = free_port(), directory / "tls"
-    tls.mkdir(mode=0o700, exist_ok=True)
-    now_s = int(time.time())
-    CertificateAuthority.create(tls, "bench", now_s).ensure_service_certificates(["127.0.0.1"], now_s)
-    if kind == "mosquitto":
-        program = find_mosquitto()
-        if program is None:
-            raise SystemExit("mosquitto is not installed")
-        config = directory / "mosquitto.conf"
-        config.write_text(
-            f"listener {port} 127.0.0.1\nallow_anonymous true\npersistence false\nset_tcp_nodelay true\nuser root\n"
-            f"max_queued_messages 0\nmax_inflight_messages 0\nrequire_certificate true\ncafile {tls}/ca.pem\n"
-            f"certfile {tls}/server.pem\nkeyfile {tls}/server.key\n"
-        )
-        command = [program, "-c", str(config)]
-    else:
-        files = {"cafile": f"{tls}/ca.pem", "certfile": f"{tls}/server.pem", "keyfile": f"{tls}/server.key"}
-        listener = {"type": "tcp", "bind": f"127.0.0.1:{port}", "ssl": True, **files}
-        anonymous = {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}}
-        command = [sys.executable, "-c", AMQTT, json.dumps({"listeners": {"default": listener}, "plugins": anonymous})]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: S603  made here
-    for _ in range(200):
+@contextmanager
+def linked(directory: Path, kind: Kind, queue_bytes: int) -> Iterator[MqttHub]:
+    """The coordinator's own broker, with its rules, and a link to it. Prints where it is, and its pid if it has one."""
+    logging.getLogger("amqtt").setLevel(logging.ERROR)  # as `serve` has it
+    listener = Listener(directory / "tls", "127.0.0.1", free_port(), queue_bytes)
+    broker = start_broker(kind, listener, None, ())
+    try:
+        hub = MqttHub(broker.url, credentials(directory))
+        print(json.dumps({"url": broker.url, "pid": getattr(broker, "pid", None)}), flush=True)
         try:
-            socket.create_connection(("127.0.0.1", port), 0.2).close()
-            return process, f"mqtts://127.0.0.1:{port}"
-        except OSError:
-            time.sleep(0.05)
-    process.kill()
-    raise SystemExit(f"{kind} does not listen")
-
-
-def with_broker(kind: str, directory: Path, role: str, together: bool) -> dict[str, float]:
-    """One measurement on a fresh broker: role "server" or "sink"."""
-    process, url = start_broker(kind, directory)
-    where = ("--directory", str(directory), "--url", url)
-    try:
-        measured = Role("--role", role, *where)
-        measured.line()
-        generator = Role("--role", "straight" if role == "sink" else "load", *where, *["--together"] * together)
-        generator.line()
-        others = process.pid, generator.process.pid
-        before = sum(map(cpu_s, others))
-        generator.go()
-        result: dict[str, float] = json.loads(measured.line())
-        result["all_cpu_s"] = result["cpu_s"] + sum(map(cpu_s, others)) - before
-        generator.end()
-        measured.end()
-        return result
+            yield hub
+        finally:
+            hub.close()
     finally:
-        process.kill()
-        process.wait()
+        broker.close()
 
 
-def with_downloads(kind: str, directory: Path) -> dict[str, float]:
-    """One measurement of downloads, on a fresh broker."""
-    process, url = start_broker(kind, directory)
-    where = ("--directory", str(directory), "--url", url)
-    try:
-        server = Role("--role", "downloads", *where)
-        server.line()
-        devices = Role("--role", "fetch", *where)
-        devices.line()
-        before = cpu_s(server.process.pid)
-        devices.go()
-        result: dict[str, float] = json.loads(devices.line())
-        result["cpu_s"] = cpu_s(server.process.pid) - before
-        devices.end()
-        server.end()
-        return result
-    finally:
-        process.kill()
-        process.wait()
+def with_broker(kind: str, directory: Path, role: str) -> dict[str, float]:
+    """One measurement on a fresh broker: role "server", "sink" or "downloads"."""
+    measured = Role("--role", role, "--directory", str(directory), "--broker", kind)
+    where = json.loads(measured.line())
+    played = {"server": "load", "sink": "straight", "downloads": "fetch"}[role]
+    devices = Role("--role", played, "--directory", str(directory), "--url", where["url"])
+    devices.line()
+    pids = [pid for pid in (where["pid"], measured.process.pid, devices.process.pid) if pid]
+    before = {pid: cpu_s(pid) for pid in pids}
+    devices.go()
+    result: dict[str, float] = json.loads((devices if role == "downloads" else measured).line())
+    spent = {pid: cpu_s(pid) - before[pid] for pid in pids}
+    devices.end()
+    measured.end()
+    return {"cpu_s": spent[measured.process.pid], "all_cpu_s": sum(spent.values()), **result}
 
 
-def rows(n: int, d: int, brokers: list[str], repeat: int, together: bool) -> list[dict[str, object]]:
+def renew(directory: Path) -> None:
+    """The store as it was prepared."""
+    shutil.rmtree(directory / "store")
+    shutil.copytree(directory / "fresh", directory / "store")
+    os.sync()  # what was prepared is at rest: the disk would write it out while it is measured
+
+
+def rows(n: int, d: int, brokers: list[str], repeat: int) -> list[dict[str, object]]:
     """Prepare once for this n, then measure each broker `repeat` times, each time on a copy of the store."""
     found: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as root:
@@ -657,17 +627,14 @@ def rows(n: int, d: int, brokers: list[str], repeat: int, together: bool) -> lis
         for broker in brokers:
             served, carried, fetched = [], [], []
             for _ in range(repeat):
-                shutil.rmtree(directory / "store")
-                shutil.copytree(directory / "fresh", directory / "store")
-                os.sync()  # what was prepared is at rest: the disk would write it out while it is measured
+                renew(directory)
                 if broker == "null":
                     served.append(json.loads(Role("--role", "null", "--directory", root).line()))
                 else:
-                    served.append(with_broker(broker, directory, "server", together))
-                    carried.append(with_broker(broker, directory, "sink", together))
-                    shutil.rmtree(directory / "store")
-                    shutil.copytree(directory / "fresh", directory / "store")
-                    fetched.append(with_downloads(broker, directory))
+                    served.append(with_broker(broker, directory, "server"))
+                    carried.append(with_broker(broker, directory, "sink"))
+                    renew(directory)
+                    fetched.append(with_broker(broker, directory, "downloads"))
             seconds = [result["seconds"] for result in served]
             row: dict[str, object] = {
                 "broker": broker, "n": n, "d": d, "upload_bytes": size,
@@ -699,7 +666,6 @@ def main() -> None:
     parser.add_argument("--d", type=int, default=100_000)
     parser.add_argument("--broker", nargs="+", default=["null", "mosquitto", "amqtt"])
     parser.add_argument("--repeat", type=int, default=3, help="of which the medians, and the least and the most")
-    parser.add_argument("--together", action="store_true", help="all devices over one connection: a cheaper generator")
     parser.add_argument("--json", action="store_true", help="one object a line")
     parser.add_argument("--role", choices=ROLES, help="internal")
     parser.add_argument("--directory", type=Path, help="internal")
@@ -711,18 +677,18 @@ def main() -> None:
         case "null":
             print(json.dumps(measure_null(options.directory)), flush=True)
         case "server":
-            print(json.dumps(measure_server(options.directory, options.url)), flush=True)
+            measure_server(options.directory, options.broker[0])
         case "sink":
-            print(json.dumps(measure_sink(options.directory, options.url)), flush=True)
+            measure_sink(options.directory, options.broker[0])
         case "downloads":
-            serve_downloads(options.directory, options.url)
+            serve_downloads(options.directory, options.broker[0])
         case "fetch":
             print(json.dumps(fetch(options.directory, options.url)), flush=True)
         case "load" | "straight":
-            load(options.directory, options.url, options.role == "straight", options.together)
+            load(options.directory, options.url, options.role == "straight")
         case _:
             for n in options.n:
-                for row in rows(n, options.d, options.broker, options.repeat, options.together):
+                for row in rows(n, options.d, options.broker, options.repeat):
                     print(
                         json.dumps(row) if options.json else "  ".join(f"{k} {v}" for k, v in row.items()), flush=True
                     )
