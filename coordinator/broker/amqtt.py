@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import asyncio.sslproto
 import logging
 import ssl
 import threading
@@ -61,6 +62,9 @@ MESSAGE_BYTES = 4 << 10
 """What a message takes besides its data, about: packets, and a task that waits for the acknowledgement."""
 
 _OLDEST = "sordino.oldest"
+
+READ_BYTES = 17 << 10
+"""Of one client's connection at once: a record of TLS."""
 
 LOOK_S = 0.05
 """Between two looks whether there is room."""
@@ -130,9 +134,29 @@ class _Handshake(ssl.SSLObject):
         _shaking.pop(self, None)
 
 
+class _Records(asyncio.sslproto.SSLProtocol):
+    """asyncio keeps a buffer of 256 kB for each connection, for as long as it lasts."""
+
+    max_size = READ_BYTES
+
+
+class _Subscriptions(dict[str, list[tuple[Session, int]]]):
+    """amqtt writes all of them out at each new one, for its log."""
+
+    def __repr__(self) -> str:
+        return f"{len(self)} subscriptions"
+
+
 class Directed(amqtt.broker.Broker):  # type: ignore[misc]
     """amqtt's broker where it holds each message against each subscription, and writes both out for a log that nobody
     reads: with 500 devices half of what a message cost. Our rules let two subscriptions match, which are looked up."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config)
+        self._subscriptions = _Subscriptions()
+
+    async def _publish_retained_messages_for_subscription(self, *_: Any) -> None:
+        """Nothing is retained. amqtt asks for each subscription at each connect."""
 
     async def _run_broadcast(self, running_tasks: deque[asyncio.Task[Any]]) -> None:
         broadcast = await self._broadcast_queue.get()
@@ -171,10 +195,16 @@ class _Broker(Directed):
     async def _create_server_instance(
         self, listener_name: str, listener_type: Any, address: str | None, port: int, ssl_context: Any
     ) -> asyncio.Server:
-        return await asyncio.start_server(
-            partial(self.stream_connected, listener_name=listener_name), address, port, reuse_address=True,
-            ssl=ssl_context, ssl_handshake_timeout=HANDSHAKE_S,
-        )  # fmt: skip
+        # As asyncio.start_server does it, but for the size of the connections' buffers.
+        loop, connected = asyncio.get_running_loop(), partial(self.stream_connected, listener_name=listener_name)
+
+        def connection() -> _Records:
+            stream = asyncio.StreamReaderProtocol(asyncio.StreamReader(), connected)
+            return _Records(
+                loop, stream, ssl_context, None, server_side=True, ssl_handshake_timeout=HANDSHAKE_S,  # type: ignore[arg-type]
+            )  # fmt: skip
+
+        return await loop.create_server(connection, address, port, reuse_address=True)
 
     async def stream_connected(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, listener_name: str
@@ -208,11 +238,17 @@ class _Broker(Directed):
             reader.session = session
         return handler, session
 
-    async def _handle_message_delivery(self, client_session: Session, *arguments: Any) -> bool:
+    async def _handle_message_delivery(
+        self, client_session: Session, handler: BrokerProtocolHandler, delivery: asyncio.Future[Any]
+    ) -> bool:
         """A client's next message. Where the coordinator does not keep up, devices wait."""
         while client_session.client_id != COORDINATOR and self._is_behind():
             await asyncio.sleep(LOOK_S)
-        done: bool = await super()._handle_message_delivery(client_session, *arguments)
+        done: bool = await super()._handle_message_delivery(client_session, handler, delivery)
+        # It is in the queue. amqtt's loops hold on to a client's last message until its next one, which may be hours.
+        if (message := delivery.result()) is not None:
+            message.data = b""
+            message.publish_packet.payload = None
         return done
 
     def _is_behind(self) -> bool:

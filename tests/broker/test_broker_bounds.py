@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from parties import DEADLINE_S
+from parties import DEADLINE_S, Party
 
 from coordinator.broker import start_broker
 from coordinator.broker.amqtt import STUCK_S, UNPASSED_MESSAGES, _Broker, _is_stuck
@@ -189,3 +189,19 @@ def closed(connection):
         return connection.recv(1) == b""
     except ConnectionError:
         return True
+
+
+@pytest.mark.parametrize("world", ["amqtt"], indirect=True)
+def test_a_connection_that_has_nothing_to_say_costs_little_whatever_it_said_before(world, hub):
+    parties = [Party(world.ca, world.directory) for _ in range(40)]
+    before = resident(world)
+    raws = [Raw(world, party) for party in parties]
+    for number in range(1, 4):
+        for raw in raws:
+            raw.publish(FRAME, number)
+            assert raw.socket.recv(4) == b"\x40\2" + number.to_bytes(2, "big")
+            assert wait_for(hub, raw.name) == FRAME
+    cost = (resident(world) - before) / len(raws)
+    for raw in raws:
+        raw.close()
+    assert cost < 320_000  # with this test's own end of it
