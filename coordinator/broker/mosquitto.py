@@ -52,6 +52,9 @@ _ENDED = "unexpected eof"
 _NOBODY_LEFT = "Client <unknown> disconnected"
 """What follows where a connection ended in its handshake: a look whether somebody listens, our own among them."""
 
+_RESET = re.compile(r"Client (?:[0-9a-f]{64}|coordinator) disconnected: Protocol error")
+"""Where a connection was reset by the network, too, as happens every day."""
+
 _CONNECTED = re.compile(r"New client connected from \S+ as (\S+) \(")
 
 # The child asks the kernel to be killed when the thread that started it ends, however that ends: a broker that outlived
@@ -322,6 +325,8 @@ class _LogReader:
             self._connecting = connected[1]
         elif line.startswith("Will message specified"):
             self._will_of = connecting
+        elif _RESET.match(line):
+            log.info("mosquitto: %s", line)
         elif _is_refusal(line) and not (just_ended and line.startswith(_NOBODY_LEFT)):
             self._refusals.say("", f"mosquitto: {line}")
         else:

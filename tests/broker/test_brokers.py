@@ -381,6 +381,8 @@ def test_a_connection_that_ends_in_its_handshake_is_no_refusal_and_one_that_brea
     assert caplog.messages == [f"mosquitto: {unknown.decode()}"]
     reader.read([refused, unknown])
     assert caplog.messages[1:] == [f"mosquitto: {refused.decode()}", f"mosquitto: {unknown.decode()}"]
+    reader.read([b"Client " + b"a" * 64 + b" disconnected: Protocol error."])  # it may have been reset
+    assert len(caplog.messages) == 3
 
 
 @pytest.mark.parametrize("world", ["mosquitto"], indirect=True)
