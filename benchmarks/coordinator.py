@@ -141,7 +141,7 @@ class Quiet:
     def send(self, device: str, frame: bytes) -> None:
         pass
 
-    def receive(self, timeout_s: float) -> list[Inbound | Connected | Lost]:
+    def receive(self, timeout_s: float, room_bytes: int | None = None) -> list[Inbound | Connected | Lost]:
         return []
 
     def close(self) -> None:
@@ -273,7 +273,7 @@ class DiskHub:
         self.seconds += time.perf_counter() - started
         self.cpu_s += time.thread_time() - cpu_s
 
-    def receive(self, timeout_s: float) -> list[Inbound | Connected | Lost]:
+    def receive(self, timeout_s: float, room_bytes: int | None = None) -> list[Inbound | Connected | Lost]:
         started, cpu_s = time.perf_counter(), time.thread_time()
         batch: list[Inbound | Connected | Lost] = []
         for _ in range(min(256, len(self._queue))):
@@ -361,8 +361,8 @@ class Counting:
     def send(self, device: str, frame: bytes) -> None:
         self._hub.send(device, frame)
 
-    def receive(self, timeout_s: float) -> list[Inbound | Connected | Lost]:
-        batch = self._hub.receive(timeout_s)
+    def receive(self, timeout_s: float, room_bytes: int | None = None) -> list[Inbound | Connected | Lost]:
+        batch = self._hub.receive(timeout_s, room_bytes)
         if not self.first_s and any(isinstance(i, Inbound) and isinstance(decode_up(i.frame), Upload) for i in batch):
             self.first_s, self.first_cpu_s = time.perf_counter(), time.process_time()
         return batch

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 UNSENT_BYTES = 4 << 20
 """While the broker has so much to take, bulk waits."""
 
+ROOM_BYTES = 3 << 20
+"""When it has no more than this to take, more is sent: before it has nothing to do."""
+
 FRAMES_AT_ONCE = 128
 """Bulk frames between two looks at what came in."""
 
@@ -85,6 +88,11 @@ class Mail:
                 log.error("not served: %s", error)
                 continue
             self._hub.send(device, encode_frame(chunk))
+
+    @property
+    def room_bytes(self) -> int | None:
+        """How little has to be unsent for more to be sent; None while nothing waits. For `Hub.receive`."""
+        return ROOM_BYTES if self.has_bulk else None
 
     @property
     def has_bulk(self) -> bool:

@@ -157,7 +157,7 @@ class Server:
 
     def step(self, timeout_s: float) -> None:
         """Handle what came within `timeout_s`, and what is due. See the module's docstring for the order."""
-        inbound = self._hub.receive(timeout_s)
+        inbound = self._hub.receive(timeout_s, self._mail.room_bytes)
         now_s = self._clock()
         self._look(now_s)
         for handled, item in enumerate(inbound):
@@ -206,7 +206,7 @@ class Server:
     def _patience(self) -> float:
         """How long the loop may wait for frames."""
         now_s = self._clock()
-        if self._mail.has_bulk or self._held_back:
+        if self._held_back:
             return 0.01
         due = min(LOOK_S, self._arrivals.due_s - now_s)
         for live in self._live.values():

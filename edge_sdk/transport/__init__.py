@@ -59,9 +59,10 @@ class Hub(Protocol):
     def send(self, device: str, frame: bytes) -> None:
         """As `Transport.send`, to one device. Nobody hears it if the device is not connected."""
 
-    def receive(self, timeout_s: float) -> list[Inbound | Connected | Lost]:
+    def receive(self, timeout_s: float, room_bytes: int | None = None) -> list[Inbound | Connected | Lost]:
         """What came: waits up to `timeout_s` for the first, then takes what is there, up to a few hundred.
 
+        room_bytes: it returns, too, as soon as no more than this is unsent. None: not for that.
         Connected and Lost are of the hub's own link to the broker. Raises TransportError if it was closed.
         """
 

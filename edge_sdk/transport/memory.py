@@ -181,9 +181,10 @@ class MemoryHub:
                 for arrived in self._pass(device, transport._down, False, frame):
                     transport._put(arrived)
 
-    def receive(self, timeout_s: float) -> list[Inbound | Connected | Lost]:
+    def receive(self, timeout_s: float, room_bytes: int | None = None) -> list[Inbound | Connected | Lost]:
         with self._lock:
-            self._arrived.wait_for(lambda: self._inbox or self._is_closed, timeout_s)
+            if room_bytes is None:  # there always is
+                self._arrived.wait_for(lambda: self._inbox or self._is_closed, timeout_s)
             if self._is_closed:
                 raise TransportError("the hub was closed")
             return [self._inbox.popleft() for _ in range(min(BATCH, len(self._inbox)))]

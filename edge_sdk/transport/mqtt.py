@@ -278,6 +278,8 @@ class _Link(Generic[T]):
         self._is_up = False
         self._is_closed = False
         self._waits_for_room = False
+        self._room_bytes = -1
+        """Whoever waits in `receive` is woken when no more than this is unsent."""
         self._dropped = 0
         self._ignored = 0
         # Of the network thread alone:
@@ -318,9 +320,11 @@ class _Link(Generic[T]):
         if idle:
             self._wake()
 
-    def receive(self, timeout_s: float, most: int) -> list[T | Connected | Lost]:
+    def receive(self, timeout_s: float, most: int, room_bytes: int | None = None) -> list[T | Connected | Lost]:
         with self._lock:
-            self._arrived.wait_for(lambda: self._inbox or self._is_closed, timeout_s)
+            self._room_bytes = -1 if room_bytes is None else room_bytes
+            self._arrived.wait_for(lambda: self._inbox or self._is_closed or self._has_room(), timeout_s)
+            self._room_bytes = -1
             if self._is_closed:
                 raise TransportError("the link was closed")
             taken = [self._inbox.popleft() for _ in range(min(most, len(self._inbox)))]
@@ -355,6 +359,10 @@ class _Link(Generic[T]):
         self._wake()
         # A thread that is inside a connection attempt ends by itself when that does; nobody needs to wait for it.
         self._thread.join(FLUSH_S + 1.0 if was_up else 0.5)
+
+    def _has_room(self) -> bool:
+        # With the lock.
+        return self._unsent_bytes <= self._room_bytes
 
     # For the network thread.
 
@@ -542,6 +550,7 @@ class _Link(Generic[T]):
             self._outbox.clear()
             self._unsent_bytes = 0
             self._sent.clear()
+            self._arrived.notify_all()
             if reason == self._said:
                 return
             self._said = reason
@@ -612,6 +621,8 @@ class _Link(Generic[T]):
         cost = self._sent.pop(mid, 0)
         with self._lock:
             self._unsent_bytes = max(0, self._unsent_bytes - cost)
+            if self._has_room():
+                self._arrived.notify_all()
 
     def _on_error(self, text: str) -> None:
         self._last_error = text
@@ -725,8 +736,8 @@ class MqttHub:
             raise ParameterError(f"{device!r} is not a device's name: 64 hexadecimal digits")
         self._link.send(DOWN + device, frame)
 
-    def receive(self, timeout_s: float) -> list[Inbound | Connected | Lost]:
-        return self._link.receive(timeout_s, BATCH)
+    def receive(self, timeout_s: float, room_bytes: int | None = None) -> list[Inbound | Connected | Lost]:
+        return self._link.receive(timeout_s, BATCH, room_bytes)
 
     @property
     def unsent_bytes(self) -> int:

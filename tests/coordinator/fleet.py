@@ -535,7 +535,7 @@ class PipeHub:
     def send(self, device: str, frame: bytes) -> None:
         write(self._end, device, frame)
 
-    def receive(self, timeout_s: float) -> list[Inbound | Connected | Lost]:
+    def receive(self, timeout_s: float, room_bytes: int | None = None) -> list[Inbound | Connected | Lost]:
         batch: list[Inbound | Connected | Lost] = []
         while True:
             device, frame = read(self._end)

@@ -105,6 +105,24 @@ def test_rounds_end_with_the_exact_sum_of_what_was_receipted(tmp_path, committee
     assert all(len(device.receipts) == 2 for device in fleet.devices[:DEVICES])
 
 
+def test_the_server_is_woken_when_there_is_room_while_something_waits_for_it(tmp_path, monkeypatch):
+    fleet = make(tmp_path)
+    receive, unsent, asked = fleet.hub.receive, [0], []
+    monkeypatch.setattr(type(fleet.hub), "unsent_bytes", property(lambda _: unsent[0]), raising=False)
+    monkeypatch.setattr(
+        fleet.hub, "receive", lambda timeout_s, room_bytes=None: asked.append(room_bytes) or receive(timeout_s)
+    )
+    fleet.run(lambda: any(True for _ in fleet.server._presence))
+    unsent[0] = 1 << 30  # the broker takes nothing: every Welcome waits
+    fleet.server._presence.welcome_all()
+    fleet.server.step(0.0)
+    assert asked[-1] is not None
+    unsent[0] = 0
+    fleet.server.step(0.0)
+    fleet.server.step(0.0)
+    assert asked[-1] is None
+
+
 def test_a_round_of_several_groups_is_summed_by_group(tmp_path):
     fleet = make(tmp_path, devices=16, n_max=16, expected=16, groups=2)
     (truth,) = finish(fleet, n_max=16)

@@ -328,6 +328,22 @@ def test_unsent_bytes_count_what_the_broker_has_not_taken(pair):
     assert hub.link.unsent_bytes == 0
 
 
+def test_whoever_has_more_to_send_is_woken_when_there_is_room(pair):
+    hub, _, name = pair
+    for _ in range(60):
+        hub.link.send(name, os.urandom(100_000))
+    woken = threading.Event()
+
+    def wait():
+        hub.link.receive(10 * DEADLINE_S, room_bytes=1000)
+        woken.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    assert woken.wait(DEADLINE_S)
+    assert hub.link.unsent_bytes <= 1000
+    assert hub.link.receive(10 * DEADLINE_S, room_bytes=1000) == []  # at once: there is
+
+
 def test_a_reader_that_falls_behind_holds_the_broker_back_and_loses_nothing(broker, closing):
     name = fresh_name()
     hub = hub_on(closing, broker.url)
