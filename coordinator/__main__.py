@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DatabaseError, OperationalError
 
 from coordinator.commands import authority, fleet, models, serving, tasks
 from edge_sdk.errors import SordinoError
@@ -42,8 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read stdout has gone; Python would complain about it once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OperationalError as error:
-        print(f"edge-coordinator: the store: {error.orig}", file=sys.stderr)
+    except DatabaseError as error:
+        if type(error) not in (DatabaseError, OperationalError):
+            raise  # it is ours
+        remedy = "" if isinstance(error, OperationalError) else ": put coordinator.db back from a backup"
+        print(f"edge-coordinator: the store: {error.orig}{remedy}", file=sys.stderr)
         return 1
     except (SordinoError, OSError) as error:
         print(f"edge-coordinator: {error}", file=sys.stderr)

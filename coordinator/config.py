@@ -19,7 +19,7 @@ NAME = "coordinator.toml"
 S = TypeVar("S", bound=msgspec.Struct)
 
 Port = Annotated[int, Meta(ge=1, le=65535)]
-Text = Annotated[str, Meta(min_length=1, max_length=253)]
+Host = Annotated[str, Meta(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9.:_-]+\Z")]
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,8 +29,8 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Listen(_Table, frozen=True):
     """Where the coordinator is found."""
 
-    address: Text = "127.0.0.1"
-    names: Annotated[tuple[Text, ...], Meta(min_length=1, max_length=16)] = ("127.0.0.1",)
+    address: Host = "127.0.0.1"
+    names: Annotated[tuple[Host, ...], Meta(min_length=1, max_length=16)] = ("127.0.0.1",)
     enrolment_port: Port = 8443
     broker_port: Port = 8883
 
@@ -77,6 +77,10 @@ class Config(_Table, frozen=True):
         config = decode_toml(text, cls, source)
         if (config.broker.kind == "external") != (config.broker.url is not None):
             raise ParameterError(f'{source}, {place(text, ("broker", "url"))}: given exactly when kind is "external"')
+        if config.broker.url is not None and not config.broker.url.startswith("mqtts://"):
+            raise ParameterError(f"{source}, {place(text, ('broker', 'url'))}: a broker's URL starts with mqtts://")
+        if config.listen.enrolment_port == config.listen.broker_port:
+            raise ParameterError(f"{source}, {place(text, ('listen', 'broker_port'))}: enrolment_port is the same")
         check_authority(config.authority, text, source)
         return config
 
@@ -128,6 +132,7 @@ def decode_toml(text: str, kind: type[S], source: str) -> S:
         what, _, path = str(error).partition(" - at `$")
         keys = re.findall(r"[A-Za-z0-9_-]+", re.sub(r"\[[^\]]*\]", "", path))  # without places in lists
         what = what.replace("matching regex '^[0-9a-f]{64}\\\\Z'", "of 64 hexadecimal digits, small letters")
+        what = what.replace("matching regex '^[A-Za-z0-9.:_-]+\\\\Z'", "that is a host's name or address")
         named = re.fullmatch(r"Object (contains unknown|missing required) field `(.+)`", what)
         if named is not None:
             keys.append(named[2])

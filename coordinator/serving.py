@@ -25,7 +25,7 @@ from coordinator.enrolment import Desk, EnrolmentService, Pins
 from coordinator.errors import StoreError
 from coordinator.events import Event
 from coordinator.server import Server
-from coordinator.store import Store
+from coordinator.store import Store, check_ours
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.enrolment import Admission, EnrolRequest, RenewRequest, private_directory
 from edge_sdk.errors import ParameterError
@@ -56,8 +56,10 @@ class Directory:
 
     @classmethod
     def open(cls, path: Path) -> Directory:
-        """Raises ParameterError if it was not initialised, or that names the file which is wrong."""
+        """Raises ParameterError if it was not initialised, or that names the file which is wrong; StoreError if it is
+        not ours."""
         config = Config.read(path)
+        check_ours(path)
         authority = None
         if config.authority.key is None:
             authority = read_identity(path / "authority.key")
@@ -120,15 +122,16 @@ def init(
     authority lives apart; else its key is made here.
     Raises ParameterError if there is a coordinator.toml already, or on values that it cannot hold.
     """
-    private_directory(path)
     if (path / NAME).exists():
         raise ParameterError(f"{path / NAME} is there already: edit it")
-    keys = list(publishers)
+    keys, seed, own = list(publishers), "", path / "publisher.key"
     if not keys:
-        # The format of `edge-export key`, whose --key takes this file.
-        write_once(path / "publisher.key", os.urandom(SEED_BYTES).hex().encode() + b"\n")
-        keys = [Identity(bytes.fromhex((path / "publisher.key").read_text().strip())).public_key.hex()]
+        seed = own.read_text().strip() if own.exists() else os.urandom(SEED_BYTES).hex()
+        keys = [Identity(bytes.fromhex(seed)).public_key.hex()]
     text = template(fleet=fleet, publishers=keys, listen=listen, broker=broker, authority=authority)
+    private_directory(path)  # from here on it is known to be good
+    if seed:
+        write_once(own, seed.encode() + b"\n")  # the format of `edge-export key`, whose --key takes this file
     write_once(path / "coordinator.key", os.urandom(SEED_BYTES))
     if authority.key is None:
         write_once(path / "authority.key", os.urandom(SEED_BYTES))

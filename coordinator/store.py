@@ -35,18 +35,29 @@ DATABASE = "coordinator.db"
 _BLOB_NAME = re.compile(r"[0-9a-f]{64}(\.new)?$")
 
 
+def check_ours(directory: Path) -> None:
+    """Before anything is written into it: root's files would lock its owner out.
+
+    Raises StoreError if the directory is another user's, or can be read by others.
+    """
+    status = directory.stat()
+    if status.st_uid != os.geteuid():
+        raise StoreError(f"{directory} belongs to another user (uid {status.st_uid}): run this as that user")
+    if status.st_mode & 0o077:
+        raise StoreError(f"{directory} can be read by others: chmod 0700 it")
+
+
 class Store:
     """The coordinator's directory: `coordinator.db`, `blobs/` by content hash, `rounds/` by ticket."""
 
     def __init__(self, directory: str | os.PathLike[str], url: str | None = None) -> None:
         """Open it, or make it. url: of another database than the directory's own (PostgreSQL).
 
-        Raises StoreError if a newer version wrote it or the directory is open to others.
+        Raises StoreError if a newer version wrote it, or as `check_ours` does.
         """
         self.directory = Path(directory)
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if self.directory.stat().st_mode & 0o077:
-            raise StoreError(f"{self.directory} can be read by others: chmod 0700 it")
+        check_ours(self.directory)
         self.blobs, self._rounds = self.directory / "blobs", self.directory / "rounds"
         for path in (self.blobs, self._rounds):
             path.mkdir(mode=0o700, exist_ok=True)

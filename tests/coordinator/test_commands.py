@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import resource
 import subprocess
 import sys
@@ -107,3 +108,38 @@ def test_the_server_is_told_of_a_revocation_before_it_reads_another_frame(revoke
     service._server = SimpleNamespace(run=lambda ask: told.append(ask()), look=lambda: told.append("look"))
     service.run(lambda: stop)
     assert told == [*["look"] * revoked, stop]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--committee", "drawn"], "committee_size: given exactly"), (["--publisher", "12"], "64 hexadecimal digits"),
+        (["--name", "not a host"], "a host's name or address"),
+        (["--broker-port", "8443"], "enrolment_port is the same"),
+        (["--broker", "external", "--broker-url", "http://b.example.org:8883"], "starts with mqtts://"),
+    ],
+)  # fmt: skip
+def test_an_init_that_fails_leaves_nothing_behind(tmp_path, capsys, options, said):
+    assert main(["init", "--dir", str(tmp_path / "new"), *options]) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_nothing_is_written_into_a_directory_that_is_another_users(tmp_path, capsys, monkeypatch):
+    assert main(["init", "--dir", str(tmp_path / "fleet")]) == 0
+    before = sorted((tmp_path / "fleet").iterdir())
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    assert main(["serve", "--dir", str(tmp_path / "fleet")]) == 1
+    assert "another user" in capsys.readouterr().err
+    assert sorted((tmp_path / "fleet").iterdir()) == before
+
+
+def test_a_damaged_database_is_told_in_a_line(tmp_path, capsys):
+    assert main(["init", "--dir", str(tmp_path)]) == 0
+    (tmp_path / "coordinator.db").write_bytes(os.urandom(8192))
+    capsys.readouterr()
+    assert main(["status", "--dir", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert said.err == "edge-coordinator: the store: file is not a database: put coordinator.db back from a backup\n"

@@ -129,6 +129,13 @@ def test_a_directory_that_others_can_read_is_refused(tmp_path):
         Store(tmp_path)
 
 
+def test_a_directory_of_another_user_is_refused_with_nothing_written_into_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(StoreError, match="another user"):
+        Store(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_in_the_directory_can_be_read_by_others(running):
     running.serve_alone()
     running.put_blob(b"model")
