@@ -25,7 +25,7 @@ Run = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit 0: done, 1: failed (the reason is on stderr), 2: usage."""
+    """Exit 0: done, 1: failed (the reason is on stderr), 2: usage, 130: interrupted."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(
         level=logging.DEBUG if options.verbose else logging.INFO,
@@ -42,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read stdout has gone; Python would complain about it once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        print("edge-coordinator: interrupted", file=sys.stderr)
+        return 130
     except DatabaseError as error:
         if type(error) not in (DatabaseError, OperationalError):
             raise  # it is ours

@@ -143,3 +143,12 @@ def test_a_damaged_database_is_told_in_a_line(tmp_path, capsys):
     assert main(["status", "--dir", str(tmp_path)]) == 1
     said = capsys.readouterr()
     assert said.err == "edge-coordinator: the store: file is not a database: put coordinator.db back from a backup\n"
+
+
+def test_an_interrupted_command_is_told_in_a_line(tmp_path, capsys, monkeypatch):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("coordinator.commands.fleet.status", interrupted)
+    assert main(["status", "--dir", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "edge-coordinator: interrupted\n"
