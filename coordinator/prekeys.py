@@ -16,6 +16,7 @@ from edge_sdk.errors import PeerError
 from edge_sdk.protocol import messages
 from edge_sdk.protocol.messages import PrekeyOffer, Signed, verify
 from edge_sdk.protocol.rounds import prekey_public
+from edge_sdk.transport.wire import HeldPrekeys
 
 MAX_SPARE_PREKEYS = 256
 """Unused offers that are kept of one member."""
@@ -52,6 +53,12 @@ def new_offers(t: Transaction, fleet: bytes, member: bytes, offers: Iterable[Sig
         check_prekey(prekey_public(offer))
         fresh[offer.serial] = Offer(data, offer.expires_s)
     return fresh
+
+
+def held(t: Transaction, member: bytes, now_s: float) -> HeldPrekeys:
+    """What is left of a member's offers, for its Welcome."""
+    newest, unused = t.held_prekeys(member, now_s, MAX_SPARE_PREKEYS)
+    return HeldPrekeys(newest, unused)
 
 
 def keeping(member: bytes, fresh: Mapping[int, Offer], now_s: float) -> Effect:

@@ -470,6 +470,17 @@ class Transaction:
         )  # fmt: skip
         return int(self._connection.execute(query).scalar_one())
 
+    def held_prekeys(self, member: bytes, after_s: float, most: int) -> tuple[int, list[int]]:
+        """(The highest serial that is kept of a member, 0 if there is none; its unused ones that live until then.)"""
+        newest = sql.select(sql.func.max(_prekeys.c.serial)).where(_prekeys.c.member == member)
+        unused = (
+            sql.select(_prekeys.c.serial)
+            .where(_prekeys.c.member == member, _prekeys.c.tid.is_(None), _prekeys.c.expires_s >= after_s)
+            .order_by(_prekeys.c.serial.desc()).limit(most)
+        )  # fmt: skip
+        found = self._connection.execute(newest).scalar_one()
+        return int(found or 0), sorted(int(serial) for (serial,) in self._connection.execute(unused))
+
     def members_with_prekeys(self, after_s: float) -> frozenset[bytes]:
         """Who has an unused offer that lives at least until `after_s`."""
         query = (

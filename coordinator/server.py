@@ -24,7 +24,7 @@ from coordinator.heads import Heads
 from coordinator.live import LiveRound, Opened, no_sums, slot_bytes
 from coordinator.mail import Mail
 from coordinator.opening import Opener
-from coordinator.prekeys import Chosen, choose, keeping, new_offers
+from coordinator.prekeys import Chosen, choose, held, keeping, new_offers
 from coordinator.presence import Presence
 from coordinator.quotas import Quotas
 from coordinator.rows import DeviceRow, ModelRow, RoundRow, Transaction
@@ -380,10 +380,12 @@ class Server:
             serves = live is not None and any(post.device == device for post in live.posts.values())
             if serves or (present.trains(name) and running.task.admits(row)):
                 standings.append(Standing(running, live))
-        epoch, shown = self._epochs.in_force, self._heads.longest(row.key)
-        return encode_frame(
-            welcome(row, epoch, shown, standings, identity=self._identity, shelf=self._shelf, now_s=self._clock())
-        )
+        epoch, shown, left, now_s = self._epochs.in_force, self._heads.longest(row.key), None, self._clock()
+        if epoch is not None and any(member.key == row.key for member in epoch.epoch.members):
+            with self._store.reading() as t:
+                left = held(t, row.key, now_s)
+        said = welcome(row, epoch, shown, standings, left, identity=self._identity, shelf=self._shelf, now_s=now_s)
+        return encode_frame(said)
 
     def _open_round(self, task: str) -> LiveRound | None:
         """The task's round that takes contributions. Not one that is full: a device would spend its budget in vain."""

@@ -14,7 +14,7 @@ from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError
 from edge_sdk.protocol import messages
 from edge_sdk.protocol.messages import Signed
-from edge_sdk.transport.wire import MAX_TASKS, Enrolment, Parcel, TaskState, Welcome
+from edge_sdk.transport.wire import MAX_TASKS, Enrolment, HeldPrekeys, Parcel, TaskState, Welcome
 
 INLINE_TICKETS = 48 << 10
 """Bytes of tickets in one Welcome; further ones are fetched."""
@@ -32,6 +32,7 @@ def welcome(
     epoch: InForce | None,
     shown: HeaderRow | None,
     standings: Iterable[Standing],
+    prekeys: HeldPrekeys | None = None,
     *,
     identity: Identity,
     shelf: Shelf,
@@ -40,7 +41,8 @@ def welcome(
     """Where things stand for this device.
 
     epoch: the one in force.  shown: the device's own header with the most entries.  standings: at most MAX_TASKS are
-    told.  identity: the coordinator's.  shelf: has the files of all these tasks; long tickets are put on it.
+    told.  prekeys: of a member's those that are left.  identity: the coordinator's.  shelf: has the files of all these
+    tasks; long tickets are put on it.
     """
     states, inline = [], len(shown.signed) if shown is not None else 0
     for running, live in standings:
@@ -59,6 +61,7 @@ def welcome(
         _enrolment(device, epoch),
         states[:MAX_TASKS],
         messages.decode(Signed, shown.signed) if shown is not None else None,
+        prekeys,
     )
 
 

@@ -65,6 +65,9 @@ from edge_sdk.transport.wire import (
 
 T = TypeVar("T")
 
+AGAIN_S = 5.0
+"""A round whose model could not be fetched, for want of disk, is tried again after so long, or when a frame comes."""
+
 HEARTBEAT_S = 120.0
 """A Hello at least so often: whatever news the network lost is then told again."""
 LOOK_S = 0.05
@@ -132,6 +135,8 @@ class Loop:
         self._offered: set[int] = set()
         self._asked = False
         self._looked_s = 0.0
+        self._again_s = 0.0
+        """When a round that waits for nothing is tried again."""
         self._hello = Repeat(3.0, 60.0, parts.jitter)
         self.last_frame_s = self._now
 
@@ -142,10 +147,12 @@ class Loop:
         self._receive(max(0.0, min(wait_s, self._due_s() - self._now)))
         self._receive_what_came()
         self._tick()
+        trained = False
         try:
-            self._rounds.train(settled=self._news is None)
+            trained = self._rounds.train(settled=self._news is None)
         except OSError as error:
             self._reporting.warn_once(f"disk: {error}")
+        self._again_s = self._now if trained else self._now + AGAIN_S
 
     @property
     def busy(self) -> bool:
@@ -197,7 +204,7 @@ class Loop:
             except PeerError as error:
                 self._reporting.warn(f"dropped: {error}")
             except OSError as error:  # a full or failing disk: what was not stored was not answered either
-                self._reporting.warn(f"disk: {error}")
+                self._reporting.warn_once(f"disk: {error}")
         return True
 
     def _on_connected(self) -> None:
@@ -230,11 +237,13 @@ class Loop:
         if frame.shown is not None and self._p.tasks:  # without tasks it uses no ledger
             self._p.rules.hold_against(frame.shown)
         first, self.welcomed = not self.welcomed, True
-        self._hello.restart()
-        self._hello.due_s = self._now + HEARTBEAT_S * (0.75 + 0.5 * self._p.jitter())
-        if self._asked:
+        if self._asked:  # one that came unasked puts off no Hello: the coordinator would not know that we are there
+            self._hello.restart()
+            self._hello.due_s = self._now + HEARTBEAT_S * (0.75 + 0.5 * self._p.jitter())
             self._asked = False
             self._offered.clear()  # what the network lost of them, nobody would miss but the coordinator
+        if frame.prekeys is not None:
+            self._p.serving.told(frame.prekeys)
         self._news = _News(frame.epoch, frame.enrolment, list(frame.tasks))
         skew_s = frame.time_s - self._p.clock.time_s()
         if abs(skew_s) > SKEW_S:
@@ -434,7 +443,7 @@ class Loop:
     def _due_s(self) -> float:
         """When `_tick` next has something to do, on the monotonic clock."""
         if self._rounds.ready and not self._p.fetches.active:
-            return 0.0
+            return self._again_s
         if not self._online:
             return float("inf")
         due = [self._hello.due_s, self._deliveries.retry_due_s]
@@ -454,7 +463,7 @@ class Loop:
             Hello(
                 version=1,
                 epoch=0 if epoch is None else epoch.number,
-                spare_prekeys=self._p.serving.state.spare_prekeys,
+                spare_prekeys=self._p.serving.spare_prekeys,
                 prekeys_wanted=self._p.would_serve,
                 tasks=positions,
             )

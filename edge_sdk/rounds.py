@@ -119,8 +119,8 @@ class Rounds:
         if here is None or not here.fits(entered.training.round.ticket):
             self._refuse_entered(task, reason)
 
-    def train(self, *, settled: bool) -> None:
-        """One round that was entered and whose model is here, if any.
+    def train(self, *, settled: bool) -> bool:
+        """One round that was entered and whose model is here, if any. Returns whether there was one.
 
         settled: whether everything that the coordinator told was taken in, so that no model is still to be heard of.
         Raises LedgerDamaged, and OSError from the disk.
@@ -146,7 +146,8 @@ class Rounds:
                 continue
             entered.waits = ""
             self._contribute(task, entered, here)
-            return
+            return True
+        return False
 
     def _consider(self, task: str) -> None:
         """Enter the round of the task's ticket, if it is new and everything allows it."""

@@ -12,9 +12,10 @@ from edge_sdk.crypto.sealing import PREKEY_SEED_BYTES, Prekey
 from edge_sdk.errors import ParameterError, PeerError
 from edge_sdk.protocol import member
 from edge_sdk.protocol.authority import FleetEpoch
-from edge_sdk.protocol.member import MemberState
+from edge_sdk.protocol.member import Closed, MemberState, Released
 from edge_sdk.protocol.messages import PrekeyOffer, Signed, Ticket, sign, unwrap
 from edge_sdk.store import Store
+from edge_sdk.transport.wire import HeldPrekeys
 
 SPARE_PREKEYS = 24
 """Offers that are kept out. Each serves one ticket; when they run out there is no round, never a long-term key."""
@@ -24,7 +25,11 @@ PREKEY_LIFE_S = 14 * 86_400
 
 
 MAX_SESSIONS = 256
-"""Rounds that a member serves at a time: a coordinator that opens tasks without end fills no disk."""
+"""Rounds that a member serves at a time, and again of those that ended and are kept to answer once more: a coordinator
+that opens rounds without end fills no disk."""
+
+MAX_PREKEYS = 512
+"""Secrets that are kept. Of more, the oldest go that tickets which this member missed have used up."""
 
 
 class Serving:
@@ -45,6 +50,8 @@ class Serving:
             raise ParameterError(f"spare_prekeys is {spare_prekeys}: 1 to 64")
         self._identity, self._fleet, self._store, self._entropy = identity, fleet, store, entropy
         self._spare, self._life_s = spare_prekeys, prekey_life_s
+        self._spent: frozenset[int] = frozenset()
+        """Offers that tickets have used up which did not come here, by serial. Not stored: every Welcome says it."""
         self.state: MemberState = store.member()
 
     def serves(self, epoch: FleetEpoch | None) -> bool:
@@ -55,11 +62,23 @@ class Serving:
         """One letter of the coordinator, and the reply to it. Raises PeerError; then nothing has changed."""
         if epoch is None:
             raise PeerError("letter: this device knows no epoch yet")
-        if len(self.state.sessions) >= MAX_SESSIONS and unwrap(data)[0] is Ticket:
+        ended = [session for session in self.state.sessions.values() if isinstance(session, Released | Closed)]
+        if len(self.state.sessions) - len(ended) >= MAX_SESSIONS and unwrap(data)[0] is Ticket:
             raise PeerError(f"ticket: {MAX_SESSIONS} rounds are open here already; the oldest must end or expire first")
         after, reply = member.step(self.state, data, epoch, self._identity, now_s)
+        if len(ended) > MAX_SESSIONS:
+            oldest = min(ended, key=lambda session: session.round.ticket.expires_s)
+            after = member.forget(after, [oldest.round.tid], ())
         self._keep(after)
         return reply
+
+    def told(self, held: HeldPrekeys) -> None:
+        """What the coordinator has left of our offers: the others went into tickets, though we may have missed these.
+
+        They stay, for a ticket may yet come, but are counted and offered no more.
+        """
+        left = frozenset(held.unused)
+        self._spent = frozenset(s for s in self.state.prekeys if s <= held.newest and s not in left)
 
     def offers(self, now_s: float, but: Container[int] = ()) -> dict[int, Signed]:
         """Every offer that is out and unused, by serial, topped up to the full number first. The same ones each time.
@@ -69,13 +88,22 @@ class Serving:
         """
         state = self.state
         fresh_until = now_s + self._life_s / 3
-        good = sum(state.expiry[serial] > fresh_until for serial in state.prekeys if serial not in state.bound)
+        good = sum(state.expiry[serial] > fresh_until for serial in self._unused(state))
         for _ in range(self._spare - good):
             seed = self._entropy(PREKEY_SEED_BYTES)
             state, _ = member.offer_prekey(state, self._identity, self._fleet, seed, int(now_s) + self._life_s)
-        self._keep(state)
-        unused = sorted(serial for serial in state.prekeys if serial not in state.bound and serial not in but)
+        missed = sorted(serial for serial in state.prekeys if serial in self._spent and serial not in state.bound)
+        self._keep(member.forget(state, (), missed[: max(0, len(state.prekeys) - MAX_PREKEYS)]))
+        unused = sorted(serial for serial in self._unused(self.state) if serial not in but)
         return {serial: self._offer(serial) for serial in unused if state.expiry[serial] > now_s}
+
+    @property
+    def spare_prekeys(self) -> int:
+        """Offers that are out and, as far as is known, unused."""
+        return len(self._unused(self.state))
+
+    def _unused(self, state: MemberState) -> list[int]:
+        return [serial for serial in state.prekeys if serial not in state.bound and serial not in self._spent]
 
     def _offer(self, serial: int) -> Signed:
         public = Prekey(self.state.prekeys[serial]).public

@@ -140,6 +140,13 @@ class _Records(asyncio.sslproto.SSLProtocol):
     max_size = READ_BYTES
 
 
+async def _pass_on(handler: BrokerProtocolHandler, topic: str, data: bytes, qos: int) -> None:
+    try:
+        await handler.mqtt_publish(topic, data, qos, retain=False)
+    except TimeoutError:  # it went away, or is slow: no fault of anybody's, and amqtt would print a traceback
+        log.debug("a message to %s was not acknowledged", topic)
+
+
 class _Subscriptions(dict[str, list[tuple[Session, int]]]):
     """amqtt writes all of them out at each new one, for its log."""
 
@@ -167,8 +174,8 @@ class Directed(amqtt.broker.Broker):  # type: ignore[misc]
                     continue
                 handler = self._get_handler(session)
                 if handler is not None and session.transitions.state == "connected":
-                    publishing = handler.mqtt_publish(topic, broadcast["data"], broadcast.get("qos", qos), retain=False)
-                    running_tasks.append(asyncio.ensure_future(publishing))
+                    passing = _pass_on(handler, topic, broadcast["data"], broadcast.get("qos", qos))
+                    running_tasks.append(asyncio.ensure_future(passing))
 
 
 class _Broker(Directed):

@@ -7,7 +7,7 @@ stores the new state before it sends a reply.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -174,6 +174,24 @@ def expire(state: MemberState, now_s: float) -> MemberState:
     for serial, expires_s in tuple(state.expiry.items()):
         if now_s >= expires_s:  # of no ticket, for a ticket ends before the prekeys that it names
             state = _erase(state, serial)
+    return state
+
+
+def forget(state: MemberState, sessions: Collection[bytes], serials: Collection[int]) -> MemberState:
+    """Forget what would expire later: sessions that ended, by tid, and offers that serve no ticket, by serial.
+
+    What must never be done twice stays impossible, as after `expire`. Raises ParameterError on a session that goes on
+    or an offer that serves one.
+    """
+    for tid in sessions:
+        if isinstance(state.sessions[tid], Inspecting | Committed):
+            raise ParameterError("a session that goes on")
+    if any(serial in state.bound for serial in serials):
+        raise ParameterError("a prekey that serves a ticket")
+    if sessions:
+        state = replace(state, sessions={t: s for t, s in state.sessions.items() if t not in sessions})
+    for serial in serials:
+        state = _erase(state, serial)
     return state
 
 

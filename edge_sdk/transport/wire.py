@@ -92,6 +92,15 @@ class Enrolment(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     proof: Proof
 
 
+class HeldPrekeys(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Of one member's prekey offers, those that the coordinator has left: the others went into tickets."""
+
+    newest: Counter
+    """The highest serial that it has seen; 0 before the first."""
+    unused: Annotated[list[Counter], Meta(max_length=256)]
+    """Serials of living offers that no ticket has named."""
+
+
 class Welcome(Frame, frozen=True):
     """Coordinator to device: where things stand. Also sent unasked when they change (a new epoch, round or model)."""
 
@@ -106,6 +115,8 @@ class Welcome(Frame, frozen=True):
     shown: Signed | None = None
     """Of the device's own Signed `Header`s that the coordinator knows, the one whose ledger has the most entries: a
     device whose whole disk was put back to an earlier state is told so by its own signature."""
+    prekeys: HeldPrekeys | None = None
+    """For a member of the newest epoch: one that missed tickets does not know which of its offers they used up."""
 
 
 class Prekeys(Frame, frozen=True):

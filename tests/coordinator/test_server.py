@@ -52,6 +52,7 @@ from edge_sdk.transport.wire import (
     BlobRef,
     Chunk,
     Enrolment,
+    HeldPrekeys,
     Leaving,
     Letter,
     Model,
@@ -121,6 +122,15 @@ def test_the_server_is_woken_when_there_is_room_while_something_waits_for_it(tmp
     fleet.server.step(0.0)
     fleet.server.step(0.0)
     assert asked[-1] is None
+
+
+def test_members_are_told_which_of_their_prekeys_are_left_and_nobody_else_is(tmp_path):
+    fleet = make(tmp_path, rounds=2)
+    device, helper = fleet.devices[0], next(one for one in fleet.devices if one.serves)
+    finish(fleet, rounds=2)
+    said = [decode_down(fleet.server._welcome_frame(one.name)).prekeys for one in (helper, device)]
+    unused = sorted(set(range(helper.member.next_serial)) - {0, 1})
+    assert said == [HeldPrekeys(unused[-1], unused), None]
 
 
 def test_a_round_of_several_groups_is_summed_by_group(tmp_path):

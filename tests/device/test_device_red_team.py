@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import namedtuple
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,11 +17,11 @@ from edge_sdk.checkup import ledger_summary
 from edge_sdk.errors import PeerError
 from edge_sdk.fetching import SPARE_DISK_BYTES, Fetches
 from edge_sdk.protocol import reference
-from edge_sdk.protocol.member import MemberState
+from edge_sdk.protocol.member import Closed, MemberState
 from edge_sdk.protocol.messages import Ticket, wrap
 from edge_sdk.store import Store
 from edge_sdk.transport.chunks import Blob
-from edge_sdk.transport.wire import Upload
+from edge_sdk.transport.wire import Hello, Upload
 
 
 def reasons(report, kind) -> list[str]:
@@ -116,6 +117,39 @@ def test_a_disk_that_is_full_does_not_end_the_device(tmp_path, monkeypatch):
     assert ledger_summary(path).lifetime.rounds_sent == 1
 
 
+@pytest.fixture
+def no_room(monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage(1, 1, 0))
+
+
+def test_a_device_without_room_for_the_model_does_not_spin_while_the_round_is_open(tmp_path, no_room):
+    world = World(tmp_path)
+    path = world.directory()
+    world.ticket()
+    report = world.device(path).run_once(300)
+    assert report.reason == "time is up"
+    assert sum("no room" in reason for reason in reasons(report, events.Warned)) == 1
+    assert world.turns < 1000
+
+
+def test_a_device_that_is_told_of_every_round_says_that_it_is_there_all_the_same(tmp_path, no_room):
+    world = World(tmp_path)
+    path, key, told = world.directory(), world.identities[0].public_key, [0.0]
+    world.ticket()
+    turn = world.turn
+
+    def telling():
+        if world.time.now_s >= told[0] + 20:
+            told[0] = world.time.now_s
+            world.send(key, world.welcome(key))
+        turn()
+
+    world.turn = telling
+    world.device(path).run_once(600)
+    assert 4 <= len(world.heard_of(Hello)) <= 8
+
+
 def test_downloads_side_by_side_leave_the_spare_disk_together(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     room = SPARE_DISK_BYTES + (3 << 20)
@@ -164,3 +198,9 @@ def test_a_coordinator_that_opens_rounds_without_end_is_stopped_by_a_bound(monke
         member.handle(second, fleet.epoch, 1.0)
     assert kept == before
     assert len(member.state.sessions) == 1
+    for task in ("two", "three", "four"):  # the others have ended: they hold nobody up, and the oldest are forgotten
+        ended = {tid: Closed(session.round, "over") for tid, session in member.state.sessions.items()}
+        member.state = replace(member.state, sessions=ended)
+        data = second if task == "two" else ticket(task)
+        member.handle(data, fleet.epoch, 1.0)
+    assert sorted(session.round.ticket.task for session in member.state.sessions.values()) == ["four", "three"]

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -20,6 +21,7 @@ from training import tiny_models as tiny
 
 from coordinator.events import ModelPublished
 from coordinator.optimizer import pack_memory
+from coordinator.prekeys import held, keeping, new_offers
 from coordinator.rows import ModelRow, TaskRow
 from coordinator.server import Server
 from coordinator.store import Store
@@ -34,9 +36,12 @@ from edge_sdk.device import Device
 from edge_sdk.enrolment import Membership
 from edge_sdk.ledger import create_ledger
 from edge_sdk.privacy.mechanism import METRICS
+from edge_sdk.protocol.member import MemberState
 from edge_sdk.protocol.messages import NoisePlan
 from edge_sdk.protocol.plan import delta_bits
+from edge_sdk.serving import SPARE_PREKEYS, Serving
 from edge_sdk.transport.memory import MemoryHub, chance
+from edge_sdk.transport.wire import HeldPrekeys
 
 DEVICES, ROUNDS = 4, 2
 
@@ -172,3 +177,61 @@ def test_rounds_open_with_every_devices_update_in_them(tmp_path, monkeypatch, tw
         assert len(truth.senders) == len(recorded[truth.tid]) == DEVICES
         total = sum(recorded[truth.tid]) % (1 << (32 - delta_bits(DEVICES)))
         assert truth.sums == [content_hash(total.astype("<u4").tobytes())]
+
+
+@pytest.fixture
+def member(tmp_path):
+    """A member, what the coordinator keeps of it, and both ends of an exchange of prekeys."""
+    identity = Identity(seed("device", 0))
+    store, key, fleet = Store(tmp_path / "store"), identity.public_key, AUTHORITY.public_key
+    stored = SimpleNamespace(member=MemberState, save_member=lambda before, after: None)
+    serving = Serving(identity, fleet, stored, os.urandom)
+
+    def offer():
+        with store.reading() as t:
+            fresh = new_offers(t, fleet, key, serving.offers(1.0).values(), 1.0)
+        with store.transaction() as t:
+            keeping(key, fresh, 1.0)(t)
+        return sorted(fresh)
+
+    def use(count):
+        with store.transaction() as t:
+            for _ in range(count):
+                t.use_prekey(key, t.next_prekey(key, 1.0)[0], os.urandom(32))
+
+    def tell():
+        with store.reading() as t:
+            serving.told(held(t, key, 1.0))
+
+    yield SimpleNamespace(serving=serving, offer=offer, use=use, tell=tell)
+    store.close()
+
+
+def test_a_member_that_missed_as_many_tickets_as_it_has_prekeys_is_told_and_offers_new_ones(member):
+    assert member.offer() == list(range(SPARE_PREKEYS))
+    member.use(SPARE_PREKEYS)
+    assert member.offer() == []  # it saw none of these tickets
+    member.tell()
+    assert member.serving.spare_prekeys == 0
+    assert member.offer() == list(range(SPARE_PREKEYS, 2 * SPARE_PREKEYS))
+    member.use(10)
+    member.tell()
+    assert len(member.offer()) == 10
+    member.tell()
+    assert (member.offer(), member.serving.spare_prekeys) == ([], SPARE_PREKEYS)
+    assert set(range(SPARE_PREKEYS)) <= set(member.serving.state.prekeys)  # their tickets may yet come
+
+
+def test_an_offer_that_is_on_its_way_is_not_taken_for_used(member):
+    member.offer()
+    member.serving.told(HeldPrekeys(9, list(range(5, 10))))  # said before the later ones arrived
+    assert member.serving.spare_prekeys == SPARE_PREKEYS - 5
+
+
+def test_a_coordinator_that_says_all_are_used_makes_a_member_keep_no_more_than_its_bound(member, monkeypatch):
+    monkeypatch.setattr("edge_sdk.serving.MAX_PREKEYS", 3 * SPARE_PREKEYS)
+    for _ in range(10):
+        member.offer()
+        member.serving.told(HeldPrekeys(1 << 40, []))
+    kept = sorted(member.serving.state.prekeys)
+    assert kept == list(range(7 * SPARE_PREKEYS, 10 * SPARE_PREKEYS))
