@@ -721,7 +721,8 @@ def test_a_welcome_that_holds_as_much_as_it_may_fits_a_frame():
     file = BlobRef(hashed, MAX_BLOB_BYTES)
     ticket = bytes((INLINE_TICKETS - len(messages.encode(shown))) // MAX_TASKS)
     states = [TaskState(model, file, file, ticket)] * MAX_TASKS
-    frame = Welcome(1 << 39, bytes(INLINE_BYTES), Enrolment(MAX_ROSTER - 1, proof), states, shown)
+    prekeys = HeldPrekeys((1 << 53) - 1, [(1 << 53) - 1] * 256)
+    frame = Welcome(1 << 39, bytes(INLINE_BYTES), Enrolment(MAX_ROSTER - 1, proof), states, shown, prekeys)
     assert decode_down(encode_frame(frame)) == frame
 
 

@@ -17,6 +17,7 @@ from edge_sdk.transport.wire import (
     Chunk,
     Enrolment,
     Gone,
+    HeldPrekeys,
     Hello,
     Leaving,
     Letter,
@@ -71,6 +72,7 @@ downs = st.one_of(
         enrolment=st.none() | st.builds(Enrolment, index=indices, proof=proofs),
         tasks=st.lists(states, max_size=4),
         shown=st.none() | signed,
+        prekeys=st.none() | st.builds(HeldPrekeys, newest=counters, unused=st.lists(counters, max_size=5)),
     ),
     st.builds(Refusal, subject=hashes, reason=st.text(min_size=1, max_size=100), final=st.booleans()),
 )
