@@ -99,6 +99,12 @@ def _examples_of(source: Source, manifest: Manifest) -> Examples:
     return ArrayExamples(np.stack([x for x, _ in pairs]), np.stack([y for _, y in pairs]))
 
 
+def invalid_among(sums: Metrics) -> str:
+    """How many of the examples that were trained on did not count, in words for their owner."""
+    total = sums.count + sums.invalid
+    return f"{sums.invalid:.0f} of {total:.0f} examples drawn have values that are not finite, and count nothing"
+
+
 class CannotSend(SordinoError):
     """A contribution that is stored may never leave: drop it and wait for the next round."""
 
@@ -203,11 +209,13 @@ class Contributing:
         ledger: Ledger,
         now: Callable[[], float],
         should_stop: Callable[[], bool],
+        warn: Callable[[str], None],
     ) -> Sent:
         """Train, encode, mask, store. When this returns the contribution is durable; `charge` comes next.
 
         bundle: from `read_bundle`.  parameters: the file of the ticket's, as they came.  now: Unix seconds.
-        should_stop: asked between batches, besides the ticket's own end.
+        should_stop: asked between batches, besides the ticket's own end.  warn: hears that examples count for
+        nothing, for the owner alone: what is sent looks the same.
         Raises PeerError if bundle, parameters and ticket do not fit together or the graph misbehaves; RoundAborted if
         it was stopped or the round closed; ParameterError on wrong examples; OSError from the disk. Nothing was sent
         then.
@@ -219,7 +227,7 @@ class Contributing:
         def stop() -> bool:
             return now() >= round_.ticket.closes_s or should_stop()
 
-        vector, metrics, local = self._run(round_.ticket, mechanism, bundle, parameters, stop)
+        vector, metrics, local = self._run(round_.ticket, mechanism, bundle, parameters, stop, warn)
         give_back_freed()
         noisy = metrics if mechanism.metric_scale else None
         integers = encode(mechanism, vector, noisy, round_.tid, self._entropy(32))
@@ -232,7 +240,13 @@ class Contributing:
         return sent
 
     def _run(
-        self, ticket: Ticket, mechanism: Mechanism, bundle: Bundle, parameters: Path, stop: Callable[[], bool]
+        self,
+        ticket: Ticket,
+        mechanism: Mechanism,
+        bundle: Bundle,
+        parameters: Path,
+        stop: Callable[[], bool],
+        warn: Callable[[str], None],
     ) -> tuple[F64, MetricSums, dict[str, F32]]:
         """Training, and the local parameters after it, flat. The trainer's memory is free before noise and mask ask for
         theirs."""
@@ -246,16 +260,23 @@ class Contributing:
         if kept:
             table = bundle.manifest.of_role("local")
             trainer.load_local({p.name: kept[p.name].reshape(p.shape) for p in table})
-        vector, metrics = self._train(ticket, mechanism, trainer, stop)
+        vector, metrics = self._train(ticket, mechanism, trainer, stop, warn)
         # Unit "example" leaves local parameters as they are: there is nothing to keep.
         local = trainer.local() if ticket.noise.unit == "device" else {}
         return vector, metrics, {name: value.reshape(-1) for name, value in local.items()}
 
     def _train(
-        self, ticket: Ticket, mechanism: Mechanism, trainer: Trainer, stop: Callable[[], bool]
+        self,
+        ticket: Ticket,
+        mechanism: Mechanism,
+        trainer: Trainer,
+        stop: Callable[[], bool],
+        warn: Callable[[str], None],
     ) -> tuple[F64, MetricSums]:
         """What goes into the vector, float64 (d,), and the metrics beside it."""
         examples = examples_of(self._source, trainer.manifest)
+        if not len(examples):
+            warn(f"{self.task}: there are no examples: noise alone is sent")
         noise, work = ticket.noise, ticket.work
         if noise.unit == "example":
             drawn = poisson_sample(len(examples), noise.example_rate, self._entropy(32))
@@ -268,6 +289,7 @@ class Contributing:
                 should_stop=stop,
             )
             sums = found.metrics
+            self._warn_of_invalid(sums, warn)
             unclipped = sums.count - sums.clipped
             return found.gradient, MetricSums(sums.count, sums.correct, sums.loss, unclipped)
         vector: NDArray[np.float64] = np.zeros(mechanism.dimension)
@@ -282,10 +304,18 @@ class Contributing:
                 mu=work.proximal,
                 should_stop=stop,
             )
+            self._warn_of_invalid(update.metrics, warn)
+            if update.diverged:
+                warn(f"{self.task}: training diverged: noise alone is sent")
             # Before clipping, so that no weight makes one device count for more than the clip.
             weight = min(1.0, len(examples) / work.weight_cap) if work.weight_cap else 1.0
             vector, sums = update.delta.astype(np.float64) * weight, update.metrics
         return vector, device_metrics(mechanism, vector, sums.count, sums.correct, sums.loss)
+
+    def _warn_of_invalid(self, sums: Metrics, warn: Callable[[str], None]) -> None:
+        if sums.invalid:
+            alone = "" if sums.count else ": noise alone is sent"
+            warn(f"{self.task}: {invalid_among(sums)}{alone}")
 
     def charge(self, ledger: Ledger, now_s: float) -> Sent:
         """Charge the stored contribution, once, however often this is called: afterwards it may be sent.

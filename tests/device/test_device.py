@@ -132,6 +132,32 @@ class TestOneRound:
             assert (found.count, found.correct, found.loss, found.unclipped) == (0, 0, 0, 0)
             assert encoded.integers[-1].any()
 
+    @pytest.mark.parametrize("unit", ["example", "device"])
+    def test_bad_examples_are_said_to_their_owner_and_to_nobody_else(self, tmp_path, encoded, unit):
+        x, y = EXAMPLES
+        some, none = x.copy(), np.full_like(x, np.nan)
+        some[[3, 5]] = np.inf
+        passes = 1 if unit == "example" else 2
+        bad = "examples drawn have values that are not finite, and count nothing"
+        said, heard = [], []
+        for number, examples in enumerate([(x, y), (some, y), (none, y), []]):
+            path = tmp_path / str(number)
+            path.mkdir()
+            world = World(path, unit=unit, noise={"example_rate": 1.0})
+            world.ticket()
+            report = world.device(world.directory(), examples=examples).run_once(60)
+            assert report.count(events.Delivered) == 1
+            said.append(reasons(report, events.Warned))
+            heard.append([(type(frame), len(encode_frame(frame))) for _, frame in world.heard])
+        assert said == [
+            [],
+            [f"tiny: {2 * passes} of {24 * passes} {bad}"],
+            [f"tiny: {24 * passes} of {24 * passes} {bad}: noise alone is sent"],
+            ["tiny: there are no examples: noise alone is sent"],
+        ]
+        assert [vector.any() for vector in encoded.vectors] == [True, True, False, False]
+        assert heard[1:] == heard[:1] * 3
+
     def test_a_devices_weight_is_applied_before_the_clip(self, tmp_path, encoded):
         deltas = []
         for cap in (0, 48):
@@ -152,6 +178,7 @@ class TestOneRound:
         assert report.count(events.Delivered) == 1
         assert not encoded.vectors[0].any()
         assert encoded.metrics[0].loss == 5.0
+        assert "tiny: training diverged: noise alone is sent" in reasons(report, events.Warned)
 
     def test_a_plan_without_metrics_has_no_coordinates_for_them(self, tmp_path, encoded):
         world = World(tmp_path, noise={"metric_scale": 0.0})

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,7 +41,10 @@ def call(entry, *arguments: str) -> SimpleNamespace:
 @pytest.fixture
 def lived(tmp_path):
     """A device's directory after one round, with its examples named in device.toml."""
-    world = World(tmp_path)
+    return after_a_round(World(tmp_path))
+
+
+def after_a_round(world: World) -> Path:
     path = world.directory()
     np.savez(path / "data.npz", x=EXAMPLES[0], y=EXAMPLES[1])
     (path / "device.toml").write_text(f'[tasks.{TASK}]\nexamples = "data.npz"\n')
@@ -140,6 +144,26 @@ def test_doctor_names_what_is_wrong(lived, spoil, check, word):
     found = {finding.check: finding for finding in checkup.doctor(lived)}
     assert found[check].ok is False
     assert word in found[check].detail
+
+
+@pytest.mark.parametrize("unit", ["example", "device"])
+def test_doctor_fails_where_no_example_counts(tmp_path, unit):
+    path = after_a_round(World(tmp_path, unit=unit))
+    x, y = EXAMPLES
+    some = x.copy()
+    some[::2] = np.nan
+
+    def found(x, y) -> dict[str, tuple[bool | None, str]]:
+        np.savez(path / "data.npz", x=x, y=y)
+        return {finding.check: (finding.ok, finding.detail) for finding in checkup.doctor(path)}
+
+    assert found(x, y)["training"][0]
+    ok, detail = found(some, y)["training"]
+    assert (ok, "of 4 examples drawn have values that are not finite, and count nothing" in detail) == (True, True)
+    ok, detail = found(x * np.nan, y)["training"]
+    assert (ok, detail) == (False, "tiny: 4 of 4 examples drawn have values that are not finite, and count nothing")
+    for check in ("examples", "training"):
+        assert found(x[:0], y[:0])[check] == (False, "tiny: data.npz: there are no examples")
 
 
 @pytest.mark.parametrize(("user", "ok"), [(os.geteuid() + 1, False), (0, True)])
