@@ -177,7 +177,10 @@ class Device:
         self._registered[task] = _Registered(examples, bundle)
 
     def stop(self) -> None:
-        """Ask `run` or `run_once` to end, from any thread or a signal handler: it does within about a second."""
+        """Ask `run` or `run_once` to end, from any thread or a signal handler: it does within about a second.
+
+        If none goes on, the next one ends at once. The one after that runs again.
+        """
         self._stop.set()
 
     def run(self) -> None:
@@ -261,6 +264,7 @@ class Device:
             raise ParameterError("identity.key is not the key that this device enrolled with")
         fleet, helper = bytes.fromhex(membership.authority), membership.role == "helper"
         with ExitStack() as stack:
+            stack.callback(self._stop.clear)  # it is this run's, also where it came when the run had ended by itself
             store = stack.enter_context(Store(self.directory, identity.public_key, fleet))
             rules = RulesFile(self.directory, identity.public_key, store)
             stack.callback(rules.close)

@@ -392,6 +392,21 @@ class TestWakeUps:
         assert len(world.taken) == 1
         assert isinstance(world.heard[-1][1], Leaving)
 
+    def test_stop_ends_one_run_and_no_other(self, tmp_path):
+        world = World(tmp_path)
+        device = world.device(world.directory(), on_event=lambda event: event.name == "delivered" and device.stop())
+        device.stop()
+        assert [device.run_once(60).reason for _ in range(2)] == ["stopped", "done"]
+        device.stop()
+        device.run()
+        world.ticket(0)
+        device.run()
+        assert len(world.taken) == 1
+        assert device.run_once(60).reason == "done"
+        world.ticket(1)
+        assert device.run_once(60).reason == "stopped"
+        assert len(world.taken) == 2
+
     def test_a_service_takes_round_after_round_as_they_open(self, tmp_path):
         world = World(tmp_path)
         path = world.directory()
