@@ -241,7 +241,7 @@ class Device:
     def predict(self, task: str, *inputs: Any) -> F32:
         """The newest model's output, float32 (n, *output shape), for n examples; works offline and beside `run`.
 
-        inputs: one array for each input of the model, n rows each.
+        inputs: one array for each input of the model, n rows each, or lists of numbers.
         Raises ParameterError on wrong inputs, or if no model of the task is here yet.
         """
         with self._predicting:

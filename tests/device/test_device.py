@@ -866,6 +866,25 @@ class TestPredict:
         assert np.abs(first - tiny_scores(world, x)).max() > 0.1
         assert np.array_equal(world.device(path, connect=lambda: Silent(world)).predict(TASK, x), first)
 
+    def test_lists_are_arrays_too_and_what_is_none_is_named(self, tmp_path):
+        world = World(tmp_path)
+        device = world.device(world.directory())
+        device.run_once(60)
+        x = EXAMPLES[0][:7]
+        assert np.array_equal(device.predict(TASK, x.tolist()), device.predict(TASK, x))
+        whole = np.arange(10).reshape(2, 5)
+        assert np.array_equal(device.predict(TASK, whole.tolist()), device.predict(TASK, whole.astype(np.float32)))
+        for wrong, word in (
+            (whole, "float32"), (x.astype(np.float64), "float32"), (x[0], "float32"), (x[0].tolist(), "float32"),
+            (3.0, "same number of rows"), (None, "same number of rows"), ([[1.0], [1.0, 2.0]], "inhomogeneous"),
+            ("digits", "same number of rows"), ([None] * 7, "float32"), ([["a"] * 5], "float32"),
+        ):  # fmt: skip
+            with pytest.raises(ParameterError, match=word):
+                device.predict(TASK, wrong)
+        for inputs in ((), (x, x)):
+            with pytest.raises(ParameterError, match="predict takes 1 arrays"):
+                device.predict(TASK, *inputs)
+
     def test_a_coin_says_nothing_about_what_is_downloaded(self, tmp_path):
         """A device that sits out fetches the model too: the coordinator would see its coin otherwise."""
         pulls = []
