@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 
 from edge_sdk.config import Config, examples_source
-from edge_sdk.contributing import examples_of, invalid_among, read_bundle, read_parameters
+from edge_sdk.contributing import examples_of, invalid_among, read_bundle, read_parameters, whole_arrays
 from edge_sdk.enrolment import Membership
 from edge_sdk.errors import ParameterError, SordinoError
 from edge_sdk.ledger import Ledger
@@ -325,8 +325,9 @@ def _check_examples(directory: Path) -> str:
 def _length_of(given: Any) -> int | None:
     if isinstance(given, dict):
         return len(next(iter(given.values()), ()))
-    if isinstance(given, tuple) and len(given) == 2:
-        return len(given[1])
+    whole = whole_arrays(given)
+    if whole is not None:
+        return len(whole[1])
     return len(given) if hasattr(given, "__len__") else None
 
 

@@ -23,10 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from edge_sdk import events
 from edge_sdk.clock import Clock
-from edge_sdk.config import Config, examples_source
-from edge_sdk.contributing import Contributing, Source
+from edge_sdk.config import Config, TaskName, examples_source
+from edge_sdk.contributing import Contributing, Source, check_form
+from edge_sdk.crypto.hashing import HASH_BYTES
 from edge_sdk.errors import ParameterError, SordinoError, TransportError
 from edge_sdk.events import Event
 from edge_sdk.fetching import Fetches
@@ -173,7 +176,15 @@ class Device:
         examples: `Examples`; arrays by input name and "y"; (inputs, labels); pairs of one example each; or a callable
         that gives any of these, called for each round.  bundle: hash of the only bundle to train; None for any that one
         of the task's publishers signed.
+        Raises ParameterError on what is no task's name, no form of examples or no hash.
         """
+        try:
+            msgspec.convert(task, TaskName)
+        except msgspec.ValidationError as error:
+            raise ParameterError(f"{task!r} is no task's name: {error}") from error
+        check_form(examples)
+        if bundle is not None and not (isinstance(bundle, bytes) and len(bundle) == HASH_BYTES):
+            raise ParameterError(f"bundle: its hash is {HASH_BYTES} bytes, not {bundle!r}")
         self._registered[task] = _Registered(examples, bundle)
 
     def stop(self) -> None:

@@ -14,10 +14,10 @@ from scripted import EXAMPLES, EXPIRES_S, OPEN_S, TASK, World, seed
 from training import tiny_models as tiny
 
 from edge_sdk import contributing, events
-from edge_sdk.bundle import write_bundle
+from edge_sdk.bundle import Tensor, write_bundle
 from edge_sdk.checkup import doctor, ledger_summary
 from edge_sdk.crypto.identity import Identity
-from edge_sdk.device import CallbackFailed
+from edge_sdk.device import CallbackFailed, Device
 from edge_sdk.errors import ParameterError, PeerError, TransportError
 from edge_sdk.ledger import Ledger
 from edge_sdk.privacy.ledger_entry import LedgerDamaged
@@ -658,6 +658,24 @@ class TestRefusals:
         world.ticket()
         assert world.device(world.directory(), examples=forms[form]).run_once(60).count(events.Delivered) == 1
 
+    @pytest.mark.parametrize(
+        ("task", "examples", "bundle", "word"),
+        [
+            (TASK, None, None, r"examples are \(inputs, labels\).* not NoneType"),
+            (TASK, "data.npz", None, "not str"),
+            (TASK, Path("data.npz"), None, "not .*Path"),
+            (TASK, 3, None, "not int"),
+            ("Tiny Task", EXAMPLES, None, "'Tiny Task' is no task's name"),
+            (None, EXAMPLES, None, "None is no task's name"),
+            (TASK, EXAMPLES, "ab" * 32, "hash is 32 bytes"),
+            (TASK, EXAMPLES, bytes(31), "hash is 32 bytes"),
+        ],
+    )
+    def test_what_cannot_be_registered_is_refused_at_once(self, tmp_path, task, examples, bundle, word):
+        device = Device(tmp_path)
+        with pytest.raises(ParameterError, match=word):
+            device.register(task, examples, bundle=bundle)
+
     def test_a_spent_budget_between_coin_and_send_drops_the_contribution(self, tmp_path, monkeypatch):
         world = World(tmp_path)
         path = world.directory()
@@ -671,6 +689,57 @@ class TestRefusals:
         report = world.device(path).run_once(60)
         assert "budget" in reasons(report, events.Dropped)[0]
         assert world.heard_of(Upload) == []
+
+
+X, Y = tiny.examples(6)
+C = np.arange(12, dtype=np.float32).reshape(6, 2)
+ONE = tiny.draft()
+TWO = tiny.draft(inputs=(*ONE.inputs, Tensor("c", (2,), "float32", None)))
+
+
+class TestForms:
+    @pytest.mark.parametrize(
+        "given",
+        [
+            ((X, C), Y), ([X, C], Y), [[X, C], Y], [(X, C), Y], {"x": X, "c": C, "y": Y}, lambda: ([X, C], list(Y)),
+            list(zip(zip(X, C, strict=True), Y, strict=True)), lambda: zip(zip(X, C, strict=True), Y, strict=True),
+        ],
+    )  # fmt: skip
+    def test_a_model_with_several_inputs_has_any_of_them(self, given):
+        examples = contributing.examples_of(given, TWO)
+        inputs, labels = examples.fetch(np.array([4, 1]))
+        assert len(examples) == 6
+        for found, expected in zip((*inputs, labels), (X, C, Y), strict=True):
+            assert (found.dtype, found.tolist()) == (expected.dtype, expected[[4, 1]].tolist())
+
+    @pytest.mark.parametrize(
+        "given",
+        [(X, Y), [X, Y], ([X], Y), (list(X), list(Y)), {"x": list(X), "y": list(Y)}, list(zip(X, Y, strict=True))],
+    )
+    def test_a_model_with_one_input_has_any_of_them(self, given):
+        (x,), y = contributing.examples_of(given, ONE).fetch(np.array([4, 1]))
+        assert (x.dtype, x.tolist()) == (np.float32, X[[4, 1]].tolist())
+        assert y.tolist() == Y[[4, 1]].tolist()
+
+    def test_two_pairs_in_a_list_are_pairs(self):
+        pairs = [[[x, c], y] for x, c, y in zip(X[:2], C[:2], Y[:2], strict=True)]
+        (x, _), y = contributing.examples_of(pairs, TWO).fetch(np.array([1]))
+        assert (x.tolist(), y.tolist()) == (X[[1]].tolist(), Y[[1]].tolist())
+
+    @pytest.mark.parametrize("given", [X, [X.tolist(), Y.tolist()], lambda: None, [1, 2, 3], [(X[0], Y[0], 1)]])
+    def test_what_has_no_form_is_told_which_there_are(self, given):
+        with pytest.raises(ParameterError, match=r"examples are \(inputs, labels\)"):
+            contributing.examples_of(given, ONE)
+
+    def test_a_pair_with_an_input_too_few_is_named(self):
+        with pytest.raises(ParameterError, match="an example has 1 inputs, the model 2"):
+            contributing.examples_of([((X[0],), Y[0])], TWO)
+
+    def test_none_at_all_have_the_shapes_of_all_inputs(self):
+        examples = contributing.examples_of([], TWO)
+        assert len(examples) == 0
+        inputs, labels = examples.fetch(np.arange(0))
+        assert [array.shape for array in (*inputs, labels)] == [(0, 5), (0, 2), (0,)]
 
 
 class TestAborts:
