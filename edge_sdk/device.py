@@ -183,6 +183,8 @@ class Device:
         except msgspec.ValidationError as error:
             raise ParameterError(f"{task!r} is no task's name: {error}") from error
         check_form(examples)
+        if isinstance(examples, Iterator):
+            raise ParameterError("examples: an iterator gives its pairs to one round only: give a list, or a callable")
         if bundle is not None and not (isinstance(bundle, bytes) and len(bundle) == HASH_BYTES):
             raise ParameterError(f"bundle: its hash is {HASH_BYTES} bytes, not {bundle!r}")
         self._registered[task] = _Registered(examples, bundle)

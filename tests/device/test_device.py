@@ -665,6 +665,7 @@ class TestRefusals:
             (TASK, "data.npz", None, "not str"),
             (TASK, Path("data.npz"), None, "not .*Path"),
             (TASK, 3, None, "not int"),
+            (TASK, zip(*EXAMPLES, strict=True), None, "to one round only"),
             ("Tiny Task", EXAMPLES, None, "'Tiny Task' is no task's name"),
             (None, EXAMPLES, None, "None is no task's name"),
             (TASK, EXAMPLES, "ab" * 32, "hash is 32 bytes"),
