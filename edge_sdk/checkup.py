@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 
 from edge_sdk.config import Config, examples_source
-from edge_sdk.contributing import examples_of, read_bundle, read_parameters
+from edge_sdk.contributing import examples_of, invalid_among, read_bundle, read_parameters, whole_arrays
 from edge_sdk.enrolment import Membership
 from edge_sdk.errors import ParameterError, SordinoError
 from edge_sdk.ledger import Ledger
@@ -316,6 +316,8 @@ def _check_examples(directory: Path) -> str:
         except Exception as error:  # it is the owner's function
             raise ParameterError(f"{task}: {entry.examples}: {type(error).__name__}: {error}") from error
         size = _length_of(given)
+        if size == 0:
+            raise ParameterError(f"{task}: {entry.examples}: there are no examples")
         found.append(task if size is None else f"{task}: {size}")
     return ", ".join(found)
 
@@ -323,8 +325,9 @@ def _check_examples(directory: Path) -> str:
 def _length_of(given: Any) -> int | None:
     if isinstance(given, dict):
         return len(next(iter(given.values()), ()))
-    if isinstance(given, tuple) and len(given) == 2:
-        return len(given[1])
+    whole = whole_arrays(given)
+    if whole is not None:
+        return len(whole[1])
     return len(given) if hasattr(given, "__len__") else None
 
 
@@ -350,15 +353,19 @@ def _check_training(directory: Path) -> str:
         examples = examples_of(examples_source(directory, entry.examples), bundle.manifest)
         batch = np.arange(min(len(examples), bundle.manifest.batch), dtype=np.int64)
         if not len(batch):
-            continue
+            raise ParameterError(f"{task}: {entry.examples}: there are no examples")
         for _ in range(2):  # the first step warms up
             started_s = time.perf_counter()
             if bundle.manifest.unit == "example":
-                trainer.clipped_sum(examples, batch, clip=1.0, loss_bound=1.0)
+                sums = trainer.clipped_sum(examples, batch, clip=1.0, loss_bound=1.0).metrics
             else:
-                trainer.train(examples, lr=1e-6, entropy=bytes(32), steps=1)
+                sums = trainer.train(examples, lr=1e-6, entropy=bytes(32), steps=1).metrics
             took_s = time.perf_counter() - started_s
+        if not sums.count:
+            raise ParameterError(f"{task}: {invalid_among(sums)}")
         found.append(f"{task}: {took_s * 1000:.2f} ms for {len(batch)} examples")
+        if sums.invalid:
+            found.append(invalid_among(sums))
     if not found:
         raise _Unknown("no model is here yet")
     return ", ".join(found)

@@ -126,12 +126,16 @@ def _join(options: argparse.Namespace) -> int:
     from edge_sdk import enrolment
 
     token = _token(options)
-    tasks = dict(part.partition("=")[::2] for part in getattr(options, "task", ()))
+    given = dict(part.partition("=")[::2] for part in getattr(options, "task", ()))
+    tasks = {task: _examples_given(options.dir, task, examples) for task, examples in given.items()}
+    before = (options.dir / "enrolment.json").exists()
     membership = enrolment.join(options.dir, token, tuple(tasks))
     _add_tasks(options.dir, tasks)
     if options.json:
-        _print(membership)
+        _print({**msgspec.to_builtins(membership), "joined_before": before})
     else:
+        if before:
+            _tell(f"{options.dir} has joined already, the token was not used; a revoked device needs another directory")
         _tell(f"{membership.role} {membership.device} of {membership.fleet}")
         if membership.role == "device":  # a helper has no data, and so no policy
             _tell(f"what it may do is in {options.dir / 'policy.toml'}: read it")
@@ -150,15 +154,29 @@ def _install(options: argparse.Namespace) -> int:
     return 0
 
 
+def _examples_given(directory: Path, task: str, examples: str) -> str:
+    """What was given on the command line, as device.toml names it: there a file is relative to the directory, and here
+    to where the command was called. Raises ParameterError if it can be no examples: before the token is spent."""
+    from edge_sdk.config import examples_source
+
+    if examples.endswith(".npz"):
+        path = Path(examples).absolute()
+        if not path.is_file():
+            raise ParameterError(f"--task {task}={examples}: there is no file {path}")
+        return str(path)
+    if examples:
+        examples_source(directory, examples)
+    return examples
+
+
 def _add_tasks(directory: Path, tasks: dict[str, str]) -> None:
     """Name the examples of these tasks in device.toml, behind what is there."""
-    from edge_sdk.config import Config, examples_source
+    from edge_sdk.config import Config
 
     path, known = directory / "device.toml", Config.read(directory).tasks
     added = ""
     for task, examples in tasks.items():
         if examples and task not in known:
-            examples_source(directory, examples)
             added += f"\n[tasks.{msgspec.json.encode(task).decode()}]\n"
             added += f"examples = {msgspec.json.encode(examples).decode()}\n"
     if added:

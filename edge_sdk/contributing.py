@@ -41,11 +41,33 @@ if TYPE_CHECKING:
 Entropy = Callable[[int], bytes]
 """So many fresh secret bytes: os.urandom."""
 
-Given = Examples | Mapping[str, Array] | tuple[Array, Array] | tuple[list[Array], Array] | Iterable[tuple[Array, Array]]
+Inputs = Array | Sequence[Array]
+"""Of a model with one input, or with several."""
+Given = Examples | Mapping[str, Array] | tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]]
 Source = Given | Callable[[], Given]
 """What an integrator registers: `Examples`; arrays by the names of the model's inputs and "y"; (inputs, labels); pairs
 of one example each; or a callable that gives any of these, called anew for each round, so that nothing is held
 between rounds."""
+FORMS = (
+    "examples are (inputs, labels), arrays by the names of the inputs and of the label, pairs of one example each, an "
+    "object with __len__ and fetch, or a callable that gives one of these; several inputs are a tuple or a list"
+)
+
+
+def check_form(source: object) -> None:
+    """Return if it may be a `Source`, else raise ParameterError that says which forms there are."""
+    readable = callable(source) or any(hasattr(source, name) for name in ("fetch", "__iter__", "__getitem__"))
+    if isinstance(source, str | bytes) or not readable:
+        raise ParameterError(f"{FORMS}: not {type(source).__name__}")
+
+
+def whole_arrays(given: object) -> tuple[Inputs, Array] | None:
+    """(inputs, labels), if that is what it is. In a list, two pairs look the same unless the labels are an array."""
+    if isinstance(given, tuple) and len(given) == 2:
+        return given
+    if isinstance(given, list) and len(given) == 2 and isinstance(given[1], np.ndarray) and given[1].shape[:1] != (2,):
+        return given[0], given[1]
+    return None
 
 
 def examples_of(source: Source, manifest: Manifest) -> Examples:
@@ -82,6 +104,7 @@ class _Blamed:
 
 def _examples_of(source: Source, manifest: Manifest) -> Examples:
     given = cast("Given", source() if callable(source) and not hasattr(source, "fetch") else source)
+    check_form(given)
     if hasattr(given, "fetch"):
         return cast("Examples", given)
     if isinstance(given, Mapping):
@@ -89,14 +112,52 @@ def _examples_of(source: Source, manifest: Manifest) -> Examples:
         for name in (*names, manifest.label.name):
             if name not in given:
                 raise ParameterError(f"the examples have no array {name!r}: {', '.join(sorted(given))}")
-        return ArrayExamples([given[name] for name in names], given[manifest.label.name])
-    if isinstance(given, tuple) and len(given) == 2:
-        return ArrayExamples(*given)
-    pairs = [(np.asarray(x), np.asarray(y)) for x, y in cast("Iterable[tuple[Array, Array]]", given)]
-    if not pairs:
-        shape, label = manifest.inputs[0], manifest.label
-        return ArrayExamples(np.empty((0, *shape.shape), shape.dtype), np.empty((0, *label.shape), label.dtype))
-    return ArrayExamples(np.stack([x for x, _ in pairs]), np.stack([y for _, y in pairs]))
+        return ArrayExamples([_array(given[name]) for name in names], _array(given[manifest.label.name]))
+    whole = whole_arrays(given)
+    if whole is not None:
+        return ArrayExamples(_columns(whole[0], manifest), _array(whole[1]))
+    return _stacked(cast("Iterable[object]", given), manifest)
+
+
+def _array(given: Inputs) -> Array:
+    """A list as an array. What is neither stays as it is: a memory map of another library need not fit into memory."""
+    return np.asarray(given) if isinstance(given, tuple | list) else cast("Array", given)
+
+
+def _columns(inputs: Inputs, manifest: Manifest) -> list[Array]:
+    if not isinstance(inputs, tuple | list):
+        return [cast("Array", inputs)]
+    dimensions = len(manifest.inputs[0].shape) + 1
+    if len(manifest.inputs) == 1 and not (inputs and all(np.ndim(part) == dimensions for part in inputs)):
+        return [np.asarray(inputs)]  # the rows of one input
+    return [_array(part) for part in inputs]
+
+
+def _stacked(pairs: Iterable[object], manifest: Manifest) -> ArrayExamples:
+    tensors = (*manifest.inputs, manifest.label)
+    columns: list[list[Array]] = [[] for _ in tensors]
+    for pair in pairs:
+        try:
+            x, y = cast("tuple[Inputs, Array]", pair)
+            parts = (x, y) if len(manifest.inputs) == 1 else (*x, y)
+        except (TypeError, ValueError) as error:
+            raise ParameterError(FORMS) from error
+        if len(parts) != len(tensors):
+            raise ParameterError(f"an example has {len(parts) - 1} inputs, the model {len(manifest.inputs)}")
+        for column, value in zip(columns, parts, strict=True):
+            column.append(np.asarray(value))
+    empty = not columns[0]
+    arrays = [
+        np.empty((0, *tensor.shape), tensor.dtype) if empty else np.stack(column)
+        for tensor, column in zip(tensors, columns, strict=True)
+    ]
+    return ArrayExamples(arrays[:-1], arrays[-1])
+
+
+def invalid_among(sums: Metrics) -> str:
+    """How many of the examples that were trained on did not count, in words for their owner."""
+    total = sums.count + sums.invalid
+    return f"{sums.invalid:.0f} of {total:.0f} examples drawn have values that are not finite, and count nothing"
 
 
 class CannotSend(SordinoError):
@@ -203,11 +264,13 @@ class Contributing:
         ledger: Ledger,
         now: Callable[[], float],
         should_stop: Callable[[], bool],
+        warn: Callable[[str], None],
     ) -> Sent:
         """Train, encode, mask, store. When this returns the contribution is durable; `charge` comes next.
 
         bundle: from `read_bundle`.  parameters: the file of the ticket's, as they came.  now: Unix seconds.
-        should_stop: asked between batches, besides the ticket's own end.
+        should_stop: asked between batches, besides the ticket's own end.  warn: hears that examples count for
+        nothing, for the owner alone: what is sent looks the same.
         Raises PeerError if bundle, parameters and ticket do not fit together or the graph misbehaves; RoundAborted if
         it was stopped or the round closed; ParameterError on wrong examples; OSError from the disk. Nothing was sent
         then.
@@ -219,7 +282,7 @@ class Contributing:
         def stop() -> bool:
             return now() >= round_.ticket.closes_s or should_stop()
 
-        vector, metrics, local = self._run(round_.ticket, mechanism, bundle, parameters, stop)
+        vector, metrics, local = self._run(round_.ticket, mechanism, bundle, parameters, stop, warn)
         give_back_freed()
         noisy = metrics if mechanism.metric_scale else None
         integers = encode(mechanism, vector, noisy, round_.tid, self._entropy(32))
@@ -232,7 +295,13 @@ class Contributing:
         return sent
 
     def _run(
-        self, ticket: Ticket, mechanism: Mechanism, bundle: Bundle, parameters: Path, stop: Callable[[], bool]
+        self,
+        ticket: Ticket,
+        mechanism: Mechanism,
+        bundle: Bundle,
+        parameters: Path,
+        stop: Callable[[], bool],
+        warn: Callable[[str], None],
     ) -> tuple[F64, MetricSums, dict[str, F32]]:
         """Training, and the local parameters after it, flat. The trainer's memory is free before noise and mask ask for
         theirs."""
@@ -246,16 +315,23 @@ class Contributing:
         if kept:
             table = bundle.manifest.of_role("local")
             trainer.load_local({p.name: kept[p.name].reshape(p.shape) for p in table})
-        vector, metrics = self._train(ticket, mechanism, trainer, stop)
+        vector, metrics = self._train(ticket, mechanism, trainer, stop, warn)
         # Unit "example" leaves local parameters as they are: there is nothing to keep.
         local = trainer.local() if ticket.noise.unit == "device" else {}
         return vector, metrics, {name: value.reshape(-1) for name, value in local.items()}
 
     def _train(
-        self, ticket: Ticket, mechanism: Mechanism, trainer: Trainer, stop: Callable[[], bool]
+        self,
+        ticket: Ticket,
+        mechanism: Mechanism,
+        trainer: Trainer,
+        stop: Callable[[], bool],
+        warn: Callable[[str], None],
     ) -> tuple[F64, MetricSums]:
         """What goes into the vector, float64 (d,), and the metrics beside it."""
         examples = examples_of(self._source, trainer.manifest)
+        if not len(examples):
+            warn(f"{self.task}: there are no examples: noise alone is sent")
         noise, work = ticket.noise, ticket.work
         if noise.unit == "example":
             drawn = poisson_sample(len(examples), noise.example_rate, self._entropy(32))
@@ -268,6 +344,7 @@ class Contributing:
                 should_stop=stop,
             )
             sums = found.metrics
+            self._warn_of_invalid(sums, warn)
             unclipped = sums.count - sums.clipped
             return found.gradient, MetricSums(sums.count, sums.correct, sums.loss, unclipped)
         vector: NDArray[np.float64] = np.zeros(mechanism.dimension)
@@ -282,10 +359,18 @@ class Contributing:
                 mu=work.proximal,
                 should_stop=stop,
             )
+            self._warn_of_invalid(update.metrics, warn)
+            if update.diverged:
+                warn(f"{self.task}: training diverged: noise alone is sent")
             # Before clipping, so that no weight makes one device count for more than the clip.
             weight = min(1.0, len(examples) / work.weight_cap) if work.weight_cap else 1.0
             vector, sums = update.delta.astype(np.float64) * weight, update.metrics
         return vector, device_metrics(mechanism, vector, sums.count, sums.correct, sums.loss)
+
+    def _warn_of_invalid(self, sums: Metrics, warn: Callable[[str], None]) -> None:
+        if sums.invalid:
+            alone = "" if sums.count else ": noise alone is sent"
+            warn(f"{self.task}: {invalid_among(sums)}{alone}")
 
     def charge(self, ledger: Ledger, now_s: float) -> Sent:
         """Charge the stored contribution, once, however often this is called: afterwards it may be sent.

@@ -23,10 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from edge_sdk import events
 from edge_sdk.clock import Clock
-from edge_sdk.config import Config, examples_source
-from edge_sdk.contributing import Contributing, Source
+from edge_sdk.config import Config, TaskName, examples_source
+from edge_sdk.contributing import Contributing, Source, check_form
+from edge_sdk.crypto.hashing import HASH_BYTES
 from edge_sdk.errors import ParameterError, SordinoError, TransportError
 from edge_sdk.events import Event
 from edge_sdk.fetching import Fetches
@@ -173,11 +176,24 @@ class Device:
         examples: `Examples`; arrays by input name and "y"; (inputs, labels); pairs of one example each; or a callable
         that gives any of these, called for each round.  bundle: hash of the only bundle to train; None for any that one
         of the task's publishers signed.
+        Raises ParameterError on what is no task's name, no form of examples or no hash.
         """
+        try:
+            msgspec.convert(task, TaskName)
+        except msgspec.ValidationError as error:
+            raise ParameterError(f"{task!r} is no task's name: {error}") from error
+        check_form(examples)
+        if isinstance(examples, Iterator):
+            raise ParameterError("examples: an iterator gives its pairs to one round only: give a list, or a callable")
+        if bundle is not None and not (isinstance(bundle, bytes) and len(bundle) == HASH_BYTES):
+            raise ParameterError(f"bundle: its hash is {HASH_BYTES} bytes, not {bundle!r}")
         self._registered[task] = _Registered(examples, bundle)
 
     def stop(self) -> None:
-        """Ask `run` or `run_once` to end, from any thread or a signal handler: it does within about a second."""
+        """Ask `run` or `run_once` to end, from any thread or a signal handler: it does within about a second.
+
+        If none goes on, the next one ends at once. The one after that runs again.
+        """
         self._stop.set()
 
     def run(self) -> None:
@@ -238,7 +254,7 @@ class Device:
     def predict(self, task: str, *inputs: Any) -> F32:
         """The newest model's output, float32 (n, *output shape), for n examples; works offline and beside `run`.
 
-        inputs: one array for each input of the model, n rows each.
+        inputs: one array for each input of the model, n rows each, or lists of numbers.
         Raises ParameterError on wrong inputs, or if no model of the task is here yet.
         """
         with self._predicting:
@@ -261,6 +277,7 @@ class Device:
             raise ParameterError("identity.key is not the key that this device enrolled with")
         fleet, helper = bytes.fromhex(membership.authority), membership.role == "helper"
         with ExitStack() as stack:
+            stack.callback(self._stop.clear)  # it is this run's, also where it came when the run had ended by itself
             store = stack.enter_context(Store(self.directory, identity.public_key, fleet))
             rules = RulesFile(self.directory, identity.public_key, store)
             stack.callback(rules.close)

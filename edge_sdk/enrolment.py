@@ -207,7 +207,8 @@ def join(directory: Path, token: str, tasks: Sequence[str] = ()) -> Membership:
 
     Writes identity.key (32-byte seed), tls.key, ca.pem, tls.pem, device.toml, enrolment.json, and for a device, which
     unlike a helper has data, policy.toml and ledger.
-    Joining the same fleet twice is harmless. After an error or a power cut it may be called again with the same token.
+    Joining the same fleet twice is harmless: the directory stays the device that it is, and the token is not used.
+    After an error or a power cut it may be called again with the same token.
     Raises ParameterError on a bad token or directory, Refused with the reason, PeerError if the service is not the one
     that the token pins, TransportError if it cannot be reached.
     """

@@ -124,7 +124,7 @@ class Answered(Event, frozen=True):
 
 
 class Warned(Event, frozen=True):
-    """Something was refused or failed, and nothing was lost by it."""
+    """Something was refused or failed, and nothing was lost by it; or examples of this device count for nothing."""
 
     reason: str
 

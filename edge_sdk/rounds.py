@@ -198,7 +198,7 @@ class Rounds:
             with self._rules.in_use():
                 sent = own.contribute(
                     entered.training, entered.enrolled, bundle, here.parameters, rules.ledger, self._clock.time_s,
-                    lambda: self._should_stop(entered),
+                    lambda: self._should_stop(entered), self._reporting.warn,
                 )  # fmt: skip
         except RoundAborted as error:
             if entered.aborted or self._clock.time_s() >= ticket.closes_s:

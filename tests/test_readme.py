@@ -127,8 +127,7 @@ def test_the_commands_for_operators_start_a_fleet(operated):
 
 def test_the_commands_and_lines_for_integrators_make_a_device(folder, operated, monkeypatch):
     images, labels = digits(70)
-    (folder / "sordino-device").mkdir(mode=0o700)
-    np.savez(folder / "sordino-device" / "examples.npz", x=images, y=labels)
+    np.savez(folder / "examples.npz", x=images, y=labels)
     commands = commands_of("Device integrators")
     assert [words[1] for words in commands] == ["join", "doctor", "once"]
     for words in commands:

@@ -11,12 +11,13 @@ from math import isfinite, sqrt
 from typing import Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from edge_sdk.bundle import (
     METRICS,
     Bundle,
     Manifest,
+    Tensor,
     matching,
     predict_inputs,
     predict_outputs,
@@ -245,21 +246,24 @@ class GraphTrainer(Trainer):
         self._step_local(total[self._dimension :], metrics.count, local_lr)
         return ClippedSum(total[: self._dimension], metrics)
 
-    def predict(self, *inputs: Array) -> F32:
+    def predict(self, *inputs: ArrayLike) -> F32:
         """The model's output, float32 (n, *output shape), for n examples.
 
-        inputs: one array for each input of the model, n rows each. Raises ParameterError on wrong ones.
+        inputs: one array for each input of the model, n rows each, or lists of numbers. Raises ParameterError on wrong
+        ones.
         """
         table = self._manifest.inputs
-        if len(inputs) != len(table) or len({len(rows) for rows in inputs}) != 1:
+        arrays = [_as_rows(given, tensor) for given, tensor in zip(inputs, table, strict=False)]
+        lengths = {len(rows) if rows.ndim else -1 for rows in arrays}
+        if len(inputs) != len(table) or len(lengths) != 1 or -1 in lengths:
             raise ParameterError(f"predict takes {len(table)} arrays with the same number of rows")
         if not self._predictions:
             self._predictions = self._bind_prediction(self._engine.load("predict"))
-        size = len(inputs[0])
+        size = len(arrays[0])
         result = np.empty((size, *self._manifest.output.shape), dtype=np.float32)
         for start in range(0, size, self._manifest.batch):
             rows = min(self._manifest.batch, size - start)
-            for tensor, array in zip(table, inputs, strict=True):
+            for tensor, array in zip(table, arrays, strict=True):
                 fill(self._inputs[tensor.name], array[start : start + rows], tensor)
             self._predictions[self._side]()
             result[start : start + rows] = self._output[:rows]
@@ -341,6 +345,18 @@ class GraphTrainer(Trainer):
             stepped = (local - lr * gradient / count).astype(np.float32)
         if np.isfinite(stepped).all():  # else the step diverged: better none
             local[:] = stepped
+
+
+def _as_rows(given: ArrayLike, tensor: Tensor) -> Array:
+    """An array is taken as it is. A list has no dtype of its own, so numbers in one are the tensor's floats."""
+    try:
+        rows = np.asarray(given)
+    except (TypeError, ValueError, RuntimeError) as error:  # rows of several lengths; what another library refuses
+        raise ParameterError(f"{tensor.name!r}: {error}") from error
+    if tensor.dtype == "float32" and rows.dtype.kind in "iuf" and not hasattr(given, "dtype"):
+        with np.errstate(over="ignore"):
+            rows = rows.astype(np.float32)
+    return rows
 
 
 def _accumulate(total: F64, part: F32) -> float:

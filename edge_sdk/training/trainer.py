@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from edge_sdk.bundle import Manifest
 from edge_sdk.training.examples import Examples
@@ -114,5 +114,5 @@ class Trainer(Protocol):
     ) -> ClippedSum:
         """The clipped gradient sum over the examples `indices` (unit "example")."""
 
-    def predict(self, *inputs: NDArray[np.generic]) -> F32:
+    def predict(self, *inputs: ArrayLike) -> F32:
         """The model's output for any number of examples."""

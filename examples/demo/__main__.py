@@ -159,8 +159,9 @@ class Demo:
             home = self.folder / name
             home.mkdir(mode=0o700)
             arrays: dict[str, Any] = {self.bundle.manifest.inputs[0].name: part.x, "y": part.y}
-            np.savez(home / "examples.npz", **arrays)
-            call("edge_sdk", "join", token, "--dir", str(home), "--task", f"{self.task.name}=examples.npz", "--json")
+            examples = home / "examples.npz"
+            np.savez(examples, **arrays)
+            call("edge_sdk", "join", token, "--dir", str(home), "--task", f"{self.task.name}={examples}", "--json")
             self.start(name, ["edge_sdk", "run", "--dir", str(home), "--json"])
 
         with ThreadPoolExecutor(4) as pool:

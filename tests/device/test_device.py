@@ -14,10 +14,10 @@ from scripted import EXAMPLES, EXPIRES_S, OPEN_S, TASK, World, seed
 from training import tiny_models as tiny
 
 from edge_sdk import contributing, events
-from edge_sdk.bundle import write_bundle
+from edge_sdk.bundle import Tensor, write_bundle
 from edge_sdk.checkup import doctor, ledger_summary
 from edge_sdk.crypto.identity import Identity
-from edge_sdk.device import CallbackFailed
+from edge_sdk.device import CallbackFailed, Device
 from edge_sdk.errors import ParameterError, PeerError, TransportError
 from edge_sdk.ledger import Ledger
 from edge_sdk.privacy.ledger_entry import LedgerDamaged
@@ -132,6 +132,32 @@ class TestOneRound:
             assert (found.count, found.correct, found.loss, found.unclipped) == (0, 0, 0, 0)
             assert encoded.integers[-1].any()
 
+    @pytest.mark.parametrize("unit", ["example", "device"])
+    def test_bad_examples_are_said_to_their_owner_and_to_nobody_else(self, tmp_path, encoded, unit):
+        x, y = EXAMPLES
+        some, none = x.copy(), np.full_like(x, np.nan)
+        some[[3, 5]] = np.inf
+        passes = 1 if unit == "example" else 2
+        bad = "examples drawn have values that are not finite, and count nothing"
+        said, heard = [], []
+        for number, examples in enumerate([(x, y), (some, y), (none, y), []]):
+            path = tmp_path / str(number)
+            path.mkdir()
+            world = World(path, unit=unit, noise={"example_rate": 1.0})
+            world.ticket()
+            report = world.device(world.directory(), examples=examples).run_once(60)
+            assert report.count(events.Delivered) == 1
+            said.append(reasons(report, events.Warned))
+            heard.append([(type(frame), len(encode_frame(frame))) for _, frame in world.heard])
+        assert said == [
+            [],
+            [f"tiny: {2 * passes} of {24 * passes} {bad}"],
+            [f"tiny: {24 * passes} of {24 * passes} {bad}: noise alone is sent"],
+            ["tiny: there are no examples: noise alone is sent"],
+        ]
+        assert [vector.any() for vector in encoded.vectors] == [True, True, False, False]
+        assert heard[1:] == heard[:1] * 3
+
     def test_a_devices_weight_is_applied_before_the_clip(self, tmp_path, encoded):
         deltas = []
         for cap in (0, 48):
@@ -152,6 +178,7 @@ class TestOneRound:
         assert report.count(events.Delivered) == 1
         assert not encoded.vectors[0].any()
         assert encoded.metrics[0].loss == 5.0
+        assert "tiny: training diverged: noise alone is sent" in reasons(report, events.Warned)
 
     def test_a_plan_without_metrics_has_no_coordinates_for_them(self, tmp_path, encoded):
         world = World(tmp_path, noise={"metric_scale": 0.0})
@@ -364,6 +391,21 @@ class TestWakeUps:
         world.turn()
         assert len(world.taken) == 1
         assert isinstance(world.heard[-1][1], Leaving)
+
+    def test_stop_ends_one_run_and_no_other(self, tmp_path):
+        world = World(tmp_path)
+        device = world.device(world.directory(), on_event=lambda event: event.name == "delivered" and device.stop())
+        device.stop()
+        assert [device.run_once(60).reason for _ in range(2)] == ["stopped", "done"]
+        device.stop()
+        device.run()
+        world.ticket(0)
+        device.run()
+        assert len(world.taken) == 1
+        assert device.run_once(60).reason == "done"
+        world.ticket(1)
+        assert device.run_once(60).reason == "stopped"
+        assert len(world.taken) == 2
 
     def test_a_service_takes_round_after_round_as_they_open(self, tmp_path):
         world = World(tmp_path)
@@ -616,6 +658,25 @@ class TestRefusals:
         world.ticket()
         assert world.device(world.directory(), examples=forms[form]).run_once(60).count(events.Delivered) == 1
 
+    @pytest.mark.parametrize(
+        ("task", "examples", "bundle", "word"),
+        [
+            (TASK, None, None, r"examples are \(inputs, labels\).* not NoneType"),
+            (TASK, "data.npz", None, "not str"),
+            (TASK, Path("data.npz"), None, "not .*Path"),
+            (TASK, 3, None, "not int"),
+            (TASK, zip(*EXAMPLES, strict=True), None, "to one round only"),
+            ("Tiny Task", EXAMPLES, None, "'Tiny Task' is no task's name"),
+            (None, EXAMPLES, None, "None is no task's name"),
+            (TASK, EXAMPLES, "ab" * 32, "hash is 32 bytes"),
+            (TASK, EXAMPLES, bytes(31), "hash is 32 bytes"),
+        ],
+    )
+    def test_what_cannot_be_registered_is_refused_at_once(self, tmp_path, task, examples, bundle, word):
+        device = Device(tmp_path)
+        with pytest.raises(ParameterError, match=word):
+            device.register(task, examples, bundle=bundle)
+
     def test_a_spent_budget_between_coin_and_send_drops_the_contribution(self, tmp_path, monkeypatch):
         world = World(tmp_path)
         path = world.directory()
@@ -629,6 +690,57 @@ class TestRefusals:
         report = world.device(path).run_once(60)
         assert "budget" in reasons(report, events.Dropped)[0]
         assert world.heard_of(Upload) == []
+
+
+X, Y = tiny.examples(6)
+C = np.arange(12, dtype=np.float32).reshape(6, 2)
+ONE = tiny.draft()
+TWO = tiny.draft(inputs=(*ONE.inputs, Tensor("c", (2,), "float32", None)))
+
+
+class TestForms:
+    @pytest.mark.parametrize(
+        "given",
+        [
+            ((X, C), Y), ([X, C], Y), [[X, C], Y], [(X, C), Y], {"x": X, "c": C, "y": Y}, lambda: ([X, C], list(Y)),
+            list(zip(zip(X, C, strict=True), Y, strict=True)), lambda: zip(zip(X, C, strict=True), Y, strict=True),
+        ],
+    )  # fmt: skip
+    def test_a_model_with_several_inputs_has_any_of_them(self, given):
+        examples = contributing.examples_of(given, TWO)
+        inputs, labels = examples.fetch(np.array([4, 1]))
+        assert len(examples) == 6
+        for found, expected in zip((*inputs, labels), (X, C, Y), strict=True):
+            assert (found.dtype, found.tolist()) == (expected.dtype, expected[[4, 1]].tolist())
+
+    @pytest.mark.parametrize(
+        "given",
+        [(X, Y), [X, Y], ([X], Y), (list(X), list(Y)), {"x": list(X), "y": list(Y)}, list(zip(X, Y, strict=True))],
+    )
+    def test_a_model_with_one_input_has_any_of_them(self, given):
+        (x,), y = contributing.examples_of(given, ONE).fetch(np.array([4, 1]))
+        assert (x.dtype, x.tolist()) == (np.float32, X[[4, 1]].tolist())
+        assert y.tolist() == Y[[4, 1]].tolist()
+
+    def test_two_pairs_in_a_list_are_pairs(self):
+        pairs = [[[x, c], y] for x, c, y in zip(X[:2], C[:2], Y[:2], strict=True)]
+        (x, _), y = contributing.examples_of(pairs, TWO).fetch(np.array([1]))
+        assert (x.tolist(), y.tolist()) == (X[[1]].tolist(), Y[[1]].tolist())
+
+    @pytest.mark.parametrize("given", [X, [X.tolist(), Y.tolist()], lambda: None, [1, 2, 3], [(X[0], Y[0], 1)]])
+    def test_what_has_no_form_is_told_which_there_are(self, given):
+        with pytest.raises(ParameterError, match=r"examples are \(inputs, labels\)"):
+            contributing.examples_of(given, ONE)
+
+    def test_a_pair_with_an_input_too_few_is_named(self):
+        with pytest.raises(ParameterError, match="an example has 1 inputs, the model 2"):
+            contributing.examples_of([((X[0],), Y[0])], TWO)
+
+    def test_none_at_all_have_the_shapes_of_all_inputs(self):
+        examples = contributing.examples_of([], TWO)
+        assert len(examples) == 0
+        inputs, labels = examples.fetch(np.arange(0))
+        assert [array.shape for array in (*inputs, labels)] == [(0, 5), (0, 2), (0,)]
 
 
 class TestAborts:
@@ -823,6 +935,25 @@ class TestPredict:
         first = device.predict(TASK, x)
         assert np.abs(first - tiny_scores(world, x)).max() > 0.1
         assert np.array_equal(world.device(path, connect=lambda: Silent(world)).predict(TASK, x), first)
+
+    def test_lists_are_arrays_too_and_what_is_none_is_named(self, tmp_path):
+        world = World(tmp_path)
+        device = world.device(world.directory())
+        device.run_once(60)
+        x = EXAMPLES[0][:7]
+        assert np.array_equal(device.predict(TASK, x.tolist()), device.predict(TASK, x))
+        whole = np.arange(10).reshape(2, 5)
+        assert np.array_equal(device.predict(TASK, whole.tolist()), device.predict(TASK, whole.astype(np.float32)))
+        for wrong, word in (
+            (whole, "float32"), (x.astype(np.float64), "float32"), (x[0], "float32"), (x[0].tolist(), "float32"),
+            (3.0, "same number of rows"), (None, "same number of rows"), ([[1.0], [1.0, 2.0]], "inhomogeneous"),
+            ("digits", "same number of rows"), ([None] * 7, "float32"), ([["a"] * 5], "float32"),
+        ):  # fmt: skip
+            with pytest.raises(ParameterError, match=word):
+                device.predict(TASK, wrong)
+        for inputs in ((), (x, x)):
+            with pytest.raises(ParameterError, match="predict takes 1 arrays"):
+                device.predict(TASK, *inputs)
 
     def test_a_coin_says_nothing_about_what_is_downloaded(self, tmp_path):
         """A device that sits out fetches the model too: the coordinator would see its coin otherwise."""

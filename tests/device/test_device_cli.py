@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from edge_sdk import checkup, helper
 from edge_sdk.__main__ import main
 from edge_sdk.commands import _add_tasks
 from edge_sdk.config import Config, examples_source
+from edge_sdk.enrolment import Membership, Token
 from edge_sdk.errors import ParameterError
 from edge_sdk.ledger import Ledger
 from edge_sdk.models import read_identity
@@ -39,7 +41,10 @@ def call(entry, *arguments: str) -> SimpleNamespace:
 @pytest.fixture
 def lived(tmp_path):
     """A device's directory after one round, with its examples named in device.toml."""
-    world = World(tmp_path)
+    return after_a_round(World(tmp_path))
+
+
+def after_a_round(world: World) -> Path:
     path = world.directory()
     np.savez(path / "data.npz", x=EXAMPLES[0], y=EXAMPLES[1])
     (path / "device.toml").write_text(f'[tasks.{TASK}]\nexamples = "data.npz"\n')
@@ -141,6 +146,26 @@ def test_doctor_names_what_is_wrong(lived, spoil, check, word):
     assert word in found[check].detail
 
 
+@pytest.mark.parametrize("unit", ["example", "device"])
+def test_doctor_fails_where_no_example_counts(tmp_path, unit):
+    path = after_a_round(World(tmp_path, unit=unit))
+    x, y = EXAMPLES
+    some = x.copy()
+    some[::2] = np.nan
+
+    def found(x, y) -> dict[str, tuple[bool | None, str]]:
+        np.savez(path / "data.npz", x=x, y=y)
+        return {finding.check: (finding.ok, finding.detail) for finding in checkup.doctor(path)}
+
+    assert found(x, y)["training"][0]
+    ok, detail = found(some, y)["training"]
+    assert (ok, "of 4 examples drawn have values that are not finite, and count nothing" in detail) == (True, True)
+    ok, detail = found(x * np.nan, y)["training"]
+    assert (ok, detail) == (False, "tiny: 4 of 4 examples drawn have values that are not finite, and count nothing")
+    for check in ("examples", "training"):
+        assert found(x[:0], y[:0])[check] == (False, "tiny: data.npz: there are no examples")
+
+
 @pytest.mark.parametrize(("user", "ok"), [(os.geteuid() + 1, False), (0, True)])
 def test_doctor_minds_another_user_s_directory_unless_root_asks(lived, monkeypatch, user, ok):
     monkeypatch.setattr(os, "geteuid", lambda: user)
@@ -231,8 +256,44 @@ def test_tasks_that_were_named_when_joining_are_in_device_toml_once(tmp_path):
     config = Config.read(tmp_path)
     assert config.threads == 2
     assert {task: entry.examples for task, entry in config.tasks.items()} == {"digits": "digits.npz"}
-    with pytest.raises(ParameterError, match="neither"):
-        _add_tasks(tmp_path, {"another": "what?"})
+
+
+def token_for(path, url: str = "https://127.0.0.1:1") -> str:
+    """A token of the fleet that the directory is in. Nothing listens on this port of loopback."""
+    membership = Membership.read(path)
+    pins = (membership.ca, membership.authority, membership.coordinator, membership.publishers[0])
+    ca, authority, coordinator, publisher = (bytes.fromhex(pin) for pin in pins)
+    return Token(url, ca, bytes(32), 1 << 32, authority, coordinator, [publisher], "device").text
+
+
+def test_a_file_named_when_joining_is_found_from_where_the_command_is_called(lived, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    np.savez(elsewhere / "more.npz", x=EXAMPLES[0], y=EXAMPLES[1])
+    monkeypatch.chdir(elsewhere)
+    tasks = ("--task", "more=more.npz", "--task", "sensor=my_sensor:windows")
+    assert call(main, "join", token_for(lived), "--dir", str(lived), *tasks).code == 0
+    named = {task: entry.examples for task, entry in Config.read(lived).tasks.items()}
+    assert named == {TASK: "data.npz", "more": str(elsewhere / "more.npz"), "sensor": "my_sensor:windows"}
+    monkeypatch.chdir(tmp_path)
+    assert len(examples_source(lived, named["more"])()["y"]) == 24
+
+
+@pytest.mark.parametrize(("given", "word"), [("missing.npz", "there is no file"), ("what?", "neither")])
+def test_examples_that_cannot_be_there_are_refused_before_the_token_is_spent(lived, tmp_path, given, word):
+    done = call(main, "join", token_for(lived), "--dir", str(tmp_path / "new"), "--task", f"digits={given}")
+    assert (done.code, word in done.err) == (1, True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_token_that_a_joined_directory_has_no_use_for_is_not_used_in_silence(lived):
+    before = {path.name: path.read_bytes() for path in lived.iterdir() if path.is_file()}
+    told = call(main, "join", token_for(lived), "--dir", str(lived))
+    assert (told.code, "the token was not used" in told.err) == (0, True)
+    assert "a revoked device needs another directory" in told.err
+    (line,) = call(main, "join", token_for(lived), "--dir", str(lived), "--json").lines
+    assert (line["joined_before"], line["fleet"]) == (True, "scripted")
+    assert {path.name: path.read_bytes() for path in lived.iterdir() if path.is_file()} == before
 
 
 def test_device_toml_errors_name_the_field(tmp_path):
