@@ -14,7 +14,7 @@ from edge_sdk.protocol import aggregator
 from edge_sdk.protocol.messages import PrekeyOffer, Release, SealSignature, decode
 from edge_sdk.serving import PREKEY_LIFE_S, SPARE_PREKEYS
 from edge_sdk.store import glance
-from edge_sdk.transport.wire import Hello, Letter, Prekeys, Pull
+from edge_sdk.transport.wire import HeldPrekeys, Hello, Letter, Prekeys, Pull
 
 from scripted import seed  # isort: skip
 
@@ -157,6 +157,19 @@ def test_prekeys_are_topped_up_repeated_after_a_hello_and_erased_when_old(tmp_pa
     assert glance(path).spare_prekeys == SPARE_PREKEYS
     assert [hello.spare_prekeys for hello in world.heard_of(Hello)][:3] == [0, SPARE_PREKEYS, SPARE_PREKEYS]
     assert key in world.offers
+
+
+def test_a_member_offers_new_prekeys_for_those_that_the_coordinator_has_no_more(tmp_path):
+    world, _ = helper_world(tmp_path)
+    path = world.directory(0, role="helper")
+    world.device(path, examples=None).run_once(60)
+    welcome = world.welcome
+    world.welcome = lambda key: welcome(key, prekeys=HeldPrekeys(SPARE_PREKEYS - 1, [5]))
+    before = len(world.heard)
+    world.device(path, examples=None).run_once(60)
+    frames = [frame for _, frame in world.heard[before:] if isinstance(frame, Prekeys)]
+    serials = [decode(PrekeyOffer, signed.body).serial for frame in frames for signed in frame.offers]
+    assert serials == [5, *range(SPARE_PREKEYS, 2 * SPARE_PREKEYS - 1)]
 
 
 def test_a_helper_takes_no_ticket_as_a_contributor(tmp_path):
