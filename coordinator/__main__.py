@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     invite.add_argument("--hours", type=float, metavar="H", help="its life (coordinator.toml says, if not given)")
     invite.add_argument("--count", type=int, default=1, metavar="N", help="print so many, one a line")
 
+    add(commands, "devices", fleet.devices, "who joined, with key, role, tags and when it was last seen")
     revoke = add(commands, "revoke", fleet.revoke, "shut a device out for good")
     revoke.add_argument("device", metavar="DEVICE", help="its public key in hexadecimal, or the first 8 digits or more")
     add(commands, "status", fleet.status, "what runs, who is in, how the tasks stand")

@@ -292,6 +292,37 @@ def test_revoke_needs_an_unambiguous_device(operator):
     assert (operator("status")[0]["devices"], operator("status")[0]["revoked"]) == (1, 1)
 
 
+def test_devices_are_listed_with_who_is_away_longest_first_and_who_was_revoked_last(operator, capsys):
+    operator.init()
+    assert operator("devices") == []
+    store = Store(operator.directory)
+    with store.transaction() as rows:
+        for key, role, tags in (
+            (b"\x01", "device", ["oven", "kitchen"]),
+            (b"\x02", "helper", []),
+            (b"\x03", "device", []),
+        ):
+            rows.add_device(key * 32, role, tags, 60.0)
+        rows.seen([b"\x01" * 32], 3600.0)
+        rows.seen([b"\x03" * 32], 120.0)
+        rows.revoke(b"\x03" * 32, 7200.0)
+    store.close()
+    first, second, third = operator("devices")
+    assert [first["device"], second["device"], third["device"]] == ["02" * 32, "01" * 32, "03" * 32]
+    assert second == {
+        "device": "01" * 32, "role": "device", "tags": ["kitchen", "oven"], "enrolled_s": 60.0, "last_seen_s": 3600.0,
+        "revoked": False, "revoked_s": None,
+    }  # fmt: skip
+    assert (third["revoked"], third["revoked_s"]) == (True, 7200.0)
+    assert main(["devices", "--dir", str(operator.directory)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{'02' * 32} helper (no tags): enrolled 1970-01-01 00:01 UTC, never seen",
+        f"{'01' * 32} device (kitchen, oven): enrolled 1970-01-01 00:01 UTC, last seen 1970-01-01 01:00 UTC",
+        f"{'03' * 32} device (no tags): enrolled 1970-01-01 00:01 UTC, last seen 1970-01-01 00:02 UTC; "
+        "revoked 1970-01-01 02:00 UTC",
+    ]
+
+
 # Tasks and models
 
 
