@@ -110,6 +110,7 @@ def status(options: argparse.Namespace) -> int:
                         "state": row.state,
                         "model": newest.number if newest is not None else 0,
                         "rounds": task.rounds,
+                        "waiting": rows.waiting(row.name) if row.state == "running" else "",
                         "round": last.number if last is not None else None,
                         "phase": last.phase if last is not None else None,
                         "reason": last.reason if last is not None else "",
@@ -153,8 +154,10 @@ def status(options: argparse.Namespace) -> int:
     )
     print(f"  epoch {answer['epoch']} of {answer['epoch_devices']} devices" if epoch is not None else "  no epoch yet")
     for line in tasks:
-        shown = ", ".join(f"{key} {value:.4g}" for key, value in line["metrics"].items())
-        print(f"  task {line['task']}: {line['state']}, model {line['model']} of {line['rounds']}; {shown}")
+        shown = "".join(f"; {key} {value:.4g}" for key, value in line["metrics"].items())
+        print(f"  task {line['task']}: {line['state']}, model {line['model']} of {line['rounds']}{shown}")
         if line["phase"] is not None:
-            print(f"    round {line['round']}: {line['phase']} {line['reason']}")
+            print(f"    round {line['round']}: {line['phase']} {line['reason']}".rstrip())
+        if line["waiting"]:
+            print(f"    waiting: {line['waiting']}")
     return 0

@@ -365,6 +365,25 @@ def test_what_is_not_there_is_named(operator, task_file, words, message):
     assert message in operator(*words, code=1)
 
 
+def test_status_says_what_a_running_task_waits_for_and_nothing_that_is_not_there(operator, task_file, capsys):
+    def last_lines():
+        capsys.readouterr()
+        assert main(["status", "--dir", str(operator.directory)]) == 0
+        return capsys.readouterr().out.splitlines()[-2:]
+
+    operator.init()
+    operator("task", "add", task_file)
+    assert last_lines() == ["  no epoch yet", "  task digits: running, model 0 of 4"]
+    operator.serve()
+    operator.events("waiting")
+    operator.end()
+    reason = "0 of 0 devices are ready, and the task plans with 4"
+    assert operator("status")[0]["tasks"][0]["waiting"] == reason
+    assert last_lines() == ["  task digits: running, model 0 of 4", f"    waiting: {reason}"]
+    operator("task", "pause", "digits")
+    assert operator("status")[0]["tasks"][0]["waiting"] == ""
+
+
 def test_a_task_is_added_once_and_a_bundle_of_another_publisher_not_at_all(operator, task_file, tmp_path):
     operator.init()
     operator("task", "add", task_file)
