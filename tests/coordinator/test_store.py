@@ -114,6 +114,21 @@ def test_a_directory_from_before_headers_were_kept_opens_and_keeps_them(tmp_path
         store.close()
 
 
+def test_a_directory_from_before_waits_were_kept_opens_and_keeps_them(tmp_path):
+    store = Store(tmp_path)
+    with store.transaction() as t:
+        t.add_task(task_row())
+    store.close()
+    with sqlite3.connect(tmp_path / "coordinator.db") as connection:
+        connection.execute("DROP TABLE waits")
+    for expected in ("", "for devices"):
+        store = Store(tmp_path)
+        with store.transaction() as t:
+            assert t.waiting("digits") == expected
+            t.set_waiting("digits", "for devices")
+        store.close()
+
+
 def test_a_devices_header_takes_the_place_of_its_earlier_one_and_of_no_other(store):
     others = HeaderRow(bytes([2]) * 32, 9, b"other")
     with store.transaction() as t:
