@@ -103,9 +103,13 @@ def _parser() -> argparse.ArgumentParser:
 
     task = commands.add_parser("task", help="what is trained")
     steps = task.add_subparsers(dest="step", required=True)
-    new = add(steps, "add", tasks.add, "check a task file, plan its privacy, and start it")
-    new.add_argument("file", type=Path, metavar="FILE", help="TOML; coordinator/task.py shows one in full")
-    new.add_argument("--roster", type=int, metavar="N", help="plan for so many devices, not those enrolled now")
+    for name, run, text in (
+        ("add", tasks.add, "check a task file, plan its privacy, and start it"),
+        ("plan", tasks.plan, "say what `task add` would, and start nothing"),
+    ):
+        new = add(steps, name, run, text)
+        new.add_argument("file", type=Path, metavar="FILE", help="TOML; coordinator/task.py shows one in full")
+        new.add_argument("--roster", type=int, metavar="N", help="plan for so many devices, not those enrolled now")
     add(steps, "list", tasks.list_, "all tasks")
     for name, run, text in (
         ("pause", tasks.pause, "open no further rounds"),

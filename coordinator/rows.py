@@ -508,10 +508,14 @@ class Transaction:
 
     def add_task(self, row: TaskRow) -> None:
         """Raises ParameterError if a task of this name is there: rounds and budgets are counted by name."""
-        if self.task(row.name) is not None:
-            raise ParameterError(f"there is a task {row.name!r} already: choose another name")
+        self.check_new(row.name)
         self._run(_tasks.insert().values(**row._asdict()))
         self._changed()
+
+    def check_new(self, name: str) -> None:
+        """Return if no task has this name, else raise ParameterError."""
+        if self.task(name) is not None:
+            raise ParameterError(f"there is a task {name!r} already: choose another name")
 
     def task(self, name: str) -> TaskRow | None:
         row = self._one(sql.select(_tasks).where(_tasks.c.name == name))

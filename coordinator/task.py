@@ -69,6 +69,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -429,16 +430,26 @@ def _most_contributors(task: Task) -> int:
     return cohort.n_max or max(2, min(MAX_CONTRIBUTORS, math.ceil(cohort.expected + 6 * cohort.spread)))
 
 
-def add_task(
+@dataclass(frozen=True)
+class Checked:
+    """A task file that holds, planned, with all that the store takes of it. text, content: the file's, the bundle's."""
+
+    task: Task
+    text: str
+    planned: Planned
+    bundle: Bundle
+    content: bytes
+
+
+def check_task(
     store: Store,
     path: Path,
     *,
     corrupt_devices: int,
-    now_s: float,
     publishers: Sequence[bytes] = (),
     roster: int | None = None,
-) -> Planned:
-    """Check the task file at `path`, plan it, and put it into the store, where a running server finds it.
+) -> Checked:
+    """Check the task file at `path` and plan it. Nothing is changed.
 
     publishers: those that devices pin when they join; one of them signed the bundle unless the task names another.
     roster: devices to plan for; None: those enrolled now, or, if there are fewer, as many as the task's n_max asks.
@@ -449,6 +460,9 @@ def add_task(
     except (OSError, UnicodeDecodeError) as error:
         raise ParameterError(f"{path}: {error}") from error
     task = Task.from_toml(text, path.name)
+    with store.reading() as t:
+        t.check_new(task.name)  # before the planning, which takes its time
+        enrolled = sum(row.role == "device" and row.revoked_s is None for row in t.devices())
     try:
         content = (path.parent / task.bundle).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
@@ -460,27 +474,29 @@ def add_task(
         fault = str(error).removeprefix("bundle: ")  # the place says so
         raise PeerError(f"{path.name}, {place(text, ('bundle',))}: {fault}") from error
     if roster is None:
-        with store.reading() as t:
-            enrolled = sum(row.role == "device" and row.revoked_s is None for row in t.devices())
         roster = max(enrolled, _most_contributors(task))
     try:
         planned = plan(task, bundle, min(roster, MAX_ROSTER), corrupt_devices)
     except PlanFault as fault:
         raise ParameterError(f"{path.name}, {place(text, fault.path)}: {fault}") from fault
-    planned = msgspec.structs.replace(planned, publisher=publisher)
-    bundle_file = store.put_blob(content)
-    initial = bundle.flatten(bundle.parameters())
+    return Checked(task, text, msgspec.structs.replace(planned, publisher=publisher), bundle, content)
+
+
+def add_task(store: Store, checked: Checked, now_s: float) -> None:
+    """Put a task into the store, where a running server finds it. Raises ParameterError if its name was taken."""
+    task, planned = checked.task, checked.planned
+    bundle_file = store.put_blob(checked.content)
+    initial = checked.bundle.flatten(checked.bundle.parameters())
     parameters = store.put_blob(initial.astype("<f4").tobytes())
     memory = store.put_blob(pack_memory(task.optimizer.start(len(initial))))
     with store.transaction() as t:
-        t.add_task(TaskRow(task.name, text, planned.encode(), bundle_file, "running", 0, now_s))
+        t.add_task(TaskRow(task.name, checked.text, planned.encode(), bundle_file, "running", 0, now_s))
         t.add_model(
             ModelRow(
                 task.name, 0, parameters, memory, None, None, task.privacy.clip, task.cohort.expected, None, None, {},
                 now_s,
             )
         )  # fmt: skip
-    return planned
 
 
 def _read_bundle(content: bytes, task: Task, publishers: Sequence[bytes]) -> tuple[Bundle, bytes]:

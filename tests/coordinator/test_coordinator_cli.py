@@ -384,6 +384,24 @@ def test_status_says_what_a_running_task_waits_for_and_nothing_that_is_not_there
     assert operator("status")[0]["tasks"][0]["waiting"] == ""
 
 
+def test_a_plan_is_what_add_says_and_starts_nothing(operator, task_file, capsys):
+    operator.init()
+    planned = operator("task", "plan", task_file)
+    assert main(["task", "plan", "--dir", str(operator.directory), str(task_file)]) == 0
+    assert capsys.readouterr().out.startswith("4 rounds of unit 'example', ")
+    assert operator("task", "list") == []
+    assert list((operator.directory / "blobs").iterdir()) == []
+    assert operator("task", "add", task_file) == planned
+
+
+def test_a_name_that_is_taken_is_told_before_anything_is_planned(operator, task_file, monkeypatch):
+    operator.init()
+    operator("task", "add", task_file)
+    monkeypatch.setattr("coordinator.task.plan", lambda *_: pytest.fail("it plans"))
+    for step in ("add", "plan"):
+        assert "there is a task 'digits' already" in operator("task", step, task_file, code=1)
+
+
 def test_a_task_is_added_once_and_a_bundle_of_another_publisher_not_at_all(operator, task_file, tmp_path):
     operator.init()
     operator("task", "add", task_file)

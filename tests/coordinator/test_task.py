@@ -12,7 +12,8 @@ from training import tiny_models as tiny
 import coordinator.task
 from coordinator.errors import StoreError
 from coordinator.store import Store
-from coordinator.task import Planned, Task, add_task, load
+from coordinator.task import Planned, Task, check_task, load
+from coordinator.task import add_task as add_checked
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError, PeerError
 
@@ -129,8 +130,14 @@ def directory(tmp_path):
     return tmp_path
 
 
+def add_task(store, path, **given):
+    checked = check_task(store, path, corrupt_devices=2, **given)
+    add_checked(store, checked, 1.0)
+    return checked.planned
+
+
 def test_a_task_is_planned_once_and_found_again(store, directory):
-    planned = add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+    planned = add_task(store, directory / "task.toml")
     with store.reading() as t:
         row, model = t.task("tiny"), t.newest_model("tiny")
     task, again = load(row)
@@ -158,7 +165,7 @@ def test_what_cannot_be_planned_is_named_with_its_line(store, directory, old, ne
     assert old in text
     (directory / "task.toml").write_text(text.replace(old, new))
     with pytest.raises(ParameterError, match=rf"^task\.toml, {message}"):
-        add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+        add_task(store, directory / "task.toml")
     with store.reading() as t:
         assert t.tasks() == []
 
@@ -166,11 +173,11 @@ def test_what_cannot_be_planned_is_named_with_its_line(store, directory, old, ne
 def test_a_bundle_for_the_other_unit_is_named_with_the_line_of_the_unit(store, directory):
     (directory / "tiny.bundle").write_bytes(tiny.bundle_bytes("device"))
     with pytest.raises(ParameterError, match=r"^task\.toml, line \d+: unit: 'example', and the bundle was built for"):
-        add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+        add_task(store, directory / "task.toml")
 
 
 def test_figures_grow_with_the_rounds_and_end_with_the_plan(store, directory):
-    planned = add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+    planned = add_task(store, directory / "task.toml")
     epsilons = [planned.readers_epsilon(k) for k in range(5)]
     assert epsilons[0] == 0.0
     assert all(a < b for a, b in pairwise(epsilons))
@@ -179,15 +186,15 @@ def test_figures_grow_with_the_rounds_and_end_with_the_plan(store, directory):
 
 
 def test_a_name_serves_one_task(store, directory):
-    add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+    add_task(store, directory / "task.toml")
     with pytest.raises(ParameterError, match="already"):
-        add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+        add_task(store, directory / "task.toml")
 
 
 def test_a_bundle_of_another_publisher_is_refused(store, directory):
     (directory / "task.toml").write_text(SMALL.replace(tiny.PUBLISHER.public_key.hex(), "11" * 32))
     with pytest.raises(PeerError, match=r"line 3: bundle: signed by .*not by the publisher"):
-        add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+        add_task(store, directory / "task.toml")
     with store.reading() as t:
         assert t.tasks() == []
 
@@ -195,13 +202,13 @@ def test_a_bundle_of_another_publisher_is_refused(store, directory):
 def test_a_missing_bundle_is_named_with_its_line(store, directory):
     (directory / "tiny.bundle").unlink()
     with pytest.raises(ParameterError, match=r"line 3: bundle: .*relative to the task file"):
-        add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+        add_task(store, directory / "task.toml")
 
 
 def test_a_plan_that_does_not_hold_is_refused_with_what_would(store, directory):
     (directory / "task.toml").write_text(SMALL.replace("spread = 0.5", "spread = 3"))
     with pytest.raises(ParameterError, match="what would do"):
-        add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+        add_task(store, directory / "task.toml")
 
 
 def test_a_damaged_plan_is_the_stores_fault():
@@ -217,13 +224,13 @@ def without_publisher(directory):
 
 def test_a_task_without_a_publisher_takes_the_fleets_and_says_who_signed(directory, store):
     keys = [Identity(b"s" * 32).public_key, tiny.PUBLISHER.public_key]
-    planned = add_task(store, without_publisher(directory), corrupt_devices=2, now_s=1.0, publishers=keys)
+    planned = add_task(store, without_publisher(directory), publishers=keys)
     assert planned.publisher == tiny.PUBLISHER.public_key
 
 
 @pytest.mark.parametrize("publishers", [[], [Identity(b"s" * 32).public_key]])
 def test_a_bundle_that_no_publisher_of_the_fleet_signed_is_refused(publishers, directory, store):
     with pytest.raises(PeerError, match=r"task.toml, line 3: bundle: "):
-        add_task(store, without_publisher(directory), corrupt_devices=2, now_s=1.0, publishers=publishers)
+        add_task(store, without_publisher(directory), publishers=publishers)
     with store.reading() as t:
         assert t.tasks() == []
