@@ -84,6 +84,7 @@ from coordinator.store import Store
 from coordinator.toml_file import KeyPath, place, tables
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import ParameterError, PeerError
+from edge_sdk.policy import default_policy
 from edge_sdk.privacy.mechanism import METRICS, Mechanism
 from edge_sdk.privacy.rdp import Budget, Sampling
 from edge_sdk.protocol import messages
@@ -284,7 +285,7 @@ class Planned(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
     bundle: its hash.  dimension: of the integer vector.  readers, coordinator: (rounds, epsilon by PLD) at `delta`,
     for so many published models, or for a device that sent in so many rounds; ascending.  ledger_readers,
-    ledger_coordinator: budgets that a device's ledger needs.  text: for people.
+    ledger_coordinator: budgets that a device's ledger needs, at `delta`.  text: for people.
     """
 
     bundle: bytes
@@ -301,6 +302,10 @@ class Planned(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     text: str
     publisher: bytes = b""
     """Public key of who signed the bundle."""
+    policy_delta: float = 0.0
+    policy_readers: float = 0.0
+    policy_coordinator: float = 0.0
+    """Budgets that a ledger needs at `policy_delta`, by what a device joins with; infinite if none is enough."""
 
     @property
     def mechanism(self) -> Mechanism:
@@ -421,7 +426,34 @@ def plan(task: Task, bundle: Bundle, roster: int, corrupt_devices: int) -> Plann
         ledger_readers=made.ledger_readers,
         ledger_coordinator=made.ledger_coordinator,
         text=str(made),
+        policy_delta=made.policy_delta,
+        policy_readers=made.policy_readers,
+        policy_coordinator=made.policy_coordinator,
     )
+
+
+def refusals(task: Task, planned: Planned) -> list[str]:
+    """What a device would refuse by the policy that it joins with, for people: a fleet of such devices never starts."""
+    policy = default_policy([task.name])
+    multiplier, found = planned.mechanism.noise_multiplier, []
+    if planned.honest < policy.min_honest:
+        found.append(f"refuses this: min_honest is {policy.min_honest}, and the task's honest is {planned.honest}")
+    if multiplier < policy.min_noise_multiplier:
+        found.append(
+            f"refuses this: min_noise_multiplier is {policy.min_noise_multiplier:g}, and the task's noise is "
+            f"{multiplier:.3g} times what one unit adds"
+        )
+    for key, limits in ((f"tasks.{task.name}.limits", policy.task_limits[task.name]), ("lifetime", policy.lifetime)):
+        for observer, allowed, needed in (
+            ("readers", limits.readers, planned.policy_readers),
+            ("coordinator", limits.coordinator, planned.policy_coordinator),
+        ):
+            if needed > allowed.epsilon:
+                found.append(
+                    f"refuses this before its end: {key}.{observer} has epsilon {allowed.epsilon:g} at delta "
+                    f"{allowed.delta:g}, and the task needs {needed:.3g}"
+                )
+    return [f"the policy.toml that a device joins with {fault}" for fault in found]
 
 
 def _most_contributors(task: Task) -> int:
@@ -432,13 +464,17 @@ def _most_contributors(task: Task) -> int:
 
 @dataclass(frozen=True)
 class Checked:
-    """A task file that holds, planned, with all that the store takes of it. text, content: the file's, the bundle's."""
+    """A task file that holds, planned, with all that the store takes of it. text, content: the file's, the bundle's.
+
+    warnings: what may keep its rounds from opening all the same, for people.
+    """
 
     task: Task
     text: str
     planned: Planned
     bundle: Bundle
     content: bytes
+    warnings: list[str]
 
 
 def check_task(
@@ -479,7 +515,8 @@ def check_task(
         planned = plan(task, bundle, min(roster, MAX_ROSTER), corrupt_devices)
     except PlanFault as fault:
         raise ParameterError(f"{path.name}, {place(text, fault.path)}: {fault}") from fault
-    return Checked(task, text, msgspec.structs.replace(planned, publisher=publisher), bundle, content)
+    planned = msgspec.structs.replace(planned, publisher=publisher)
+    return Checked(task, text, planned, bundle, content, refusals(task, planned))
 
 
 def add_task(store: Store, checked: Checked, now_s: float) -> None:

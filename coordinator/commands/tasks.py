@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from coordinator.commands.directory import open_store
-from coordinator.commands.output import print_object, print_result
+from coordinator.commands.output import print_object, print_result, say
 from edge_sdk.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -57,10 +57,15 @@ def _plan(options: argparse.Namespace, *, start: bool) -> int:
                 "coordinator_epsilon": planned.coordinator[-1][1],
                 "ledger_readers": planned.ledger_readers,
                 "ledger_coordinator": planned.ledger_coordinator,
+                "policy_delta": planned.policy_delta,
+                "policy_readers": planned.policy_readers,
+                "policy_coordinator": planned.policy_coordinator,
+                "warnings": checked.warnings,
             }
         )
     else:
         print(planned.text)
+    say(*(f"warning: {warning}" for warning in checked.warnings))
     return 0
 
 

@@ -388,7 +388,11 @@ def test_a_plan_is_what_add_says_and_starts_nothing(operator, task_file, capsys)
     operator.init()
     planned = operator("task", "plan", task_file)
     assert main(["task", "plan", "--dir", str(operator.directory), str(task_file)]) == 0
-    assert capsys.readouterr().out.startswith("4 rounds of unit 'example', ")
+    said = capsys.readouterr()
+    assert said.out.startswith("4 rounds of unit 'example', ")
+    (warning,) = planned[0]["warnings"]
+    assert "min_honest is 10, and the task's honest is 2" in warning
+    assert said.err.splitlines() == [f"warning: {warning}"]
     assert operator("task", "list") == []
     assert list((operator.directory / "blobs").iterdir()) == []
     assert operator("task", "add", task_file) == planned

@@ -148,6 +148,31 @@ def test_a_task_is_planned_once_and_found_again(store, directory):
     assert (model.number, model.parent, model.clip) == (0, None, 0.5)
 
 
+def test_a_task_that_devices_take_part_in_as_they_joined_has_no_warnings(store, directory):
+    assert check_task(store, directory / "task.toml", corrupt_devices=2).warnings == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "warnings"),
+    [
+        ("honest = 14", "honest = 9", ["refuses this: min_honest is 10, and the task's honest is 9"]),
+        ("noise_multiplier = 3", "noise_multiplier = 0.99",
+         ["refuses this: min_noise_multiplier is 1, and the task's noise is 0.99 times what one unit adds",
+          "tasks.tiny.limits.readers"]),
+        ("rounds = 4", "rounds = 120",
+         ["refuses this before its end: tasks.tiny.limits.readers has epsilon 4 at delta 1e-06, and the task needs"]),
+        ("rounds = 4", "rounds = 900", ["tasks.tiny.limits.readers", "tasks.tiny.limits.coordinator",
+                                        "lifetime.readers", "lifetime.coordinator"]),
+    ],
+)  # fmt: skip
+def test_what_devices_refuse_as_they_joined_is_said_with_the_key_of_their_policy(store, directory, old, new, warnings):
+    (directory / "task.toml").write_text(changed(old, new))
+    found = check_task(store, directory / "task.toml", corrupt_devices=2).warnings
+    assert len(found) == len(warnings)
+    assert all(warning in line for warning, line in zip(warnings, found, strict=True))
+    assert all(line.startswith("the policy.toml that a device joins with refuses this") for line in found)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
