@@ -498,7 +498,7 @@ def check_task(
     task = Task.from_toml(text, path.name)
     with store.reading() as t:
         t.check_new(task.name)  # before the planning, which takes its time
-        enrolled = sum(row.role == "device" and row.revoked_s is None for row in t.devices())
+        enrolled = [row for row in t.devices() if row.role == "device" and row.revoked_s is None]
     try:
         content = (path.parent / task.bundle).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
@@ -510,13 +510,17 @@ def check_task(
         fault = str(error).removeprefix("bundle: ")  # the place says so
         raise PeerError(f"{path.name}, {place(text, ('bundle',))}: {fault}") from error
     if roster is None:
-        roster = max(enrolled, _most_contributors(task))
+        roster = max(len(enrolled), _most_contributors(task))
     try:
         planned = plan(task, bundle, min(roster, MAX_ROSTER), corrupt_devices)
     except PlanFault as fault:
         raise ParameterError(f"{path.name}, {place(text, fault.path)}: {fault}") from fault
     planned = msgspec.structs.replace(planned, publisher=publisher)
-    return Checked(task, text, planned, bundle, content, refusals(task, planned))
+    borne = frozenset[str]().union(*(row.tags for row in enrolled))
+    nobodys = [
+        f"participants: no enrolled device bears the tag {tag!r}" for tag in task.participants if tag not in borne
+    ]
+    return Checked(task, text, planned, bundle, content, [*nobodys, *refusals(task, planned)])
 
 
 def add_task(store: Store, checked: Checked, now_s: float) -> None:

@@ -152,6 +152,19 @@ def test_a_task_that_devices_take_part_in_as_they_joined_has_no_warnings(store, 
     assert check_task(store, directory / "task.toml", corrupt_devices=2).warnings == []
 
 
+def test_a_tag_that_no_enrolled_device_bears_is_said(store, directory):
+    (directory / "task.toml").write_text(changed("rounds = 4", 'rounds = 4\nparticipants = ["oven", "hall", "attic"]'))
+    with store.transaction() as t:
+        t.add_device(b"1" * 32, "device", ["oven"], 1.0)
+        t.add_device(b"2" * 32, "helper", ["hall"], 1.0)
+        t.add_device(b"3" * 32, "device", ["attic"], 1.0)
+        t.revoke(b"3" * 32, 2.0)
+    assert check_task(store, directory / "task.toml", corrupt_devices=2).warnings == [
+        "participants: no enrolled device bears the tag 'hall'",
+        "participants: no enrolled device bears the tag 'attic'",
+    ]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "warnings"),
     [
