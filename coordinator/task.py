@@ -191,15 +191,20 @@ class Task(_Table, frozen=True):
 
         Raises ParameterError "<source>, line <n>: [<table>] <key>: <what is wrong>; <remedy>".
         """
-        given = tables(text, source)
-        try:
-            # not strict: 1 is a number where 1.0 is meant
-            task = msgspec.convert(given, cls)
-        except msgspec.ValidationError as error:
-            raise ParameterError(_explained(source, text, str(error))) from error
+        task = cls.from_checked(text, source)
         for path, fault in _faults(task):
             raise ParameterError(f"{source}, {place(text, path)}: {fault}")
         return task
+
+    @classmethod
+    def from_checked(cls, text: str, source: str = "task") -> Task:
+        """The same for a text whose parts fitted when it came in, by whatever was asked for then."""
+        given = tables(text, source)
+        try:
+            # not strict: 1 is a number where 1.0 is meant
+            return msgspec.convert(given, cls)
+        except msgspec.ValidationError as error:
+            raise ParameterError(_explained(source, text, str(error))) from error
 
     def admits(self, device: DeviceRow) -> bool:
         """Whether an enrolled device may take part: helpers do not, and tags choose if the task names any."""
@@ -262,6 +267,12 @@ def _faults(task: Task) -> list[tuple[KeyPath, str]]:
         fault(few, "cohort.n_max", f"{cohort.n_max} is below the expected {cohort.expected:g}; raise it")
         none = cohort.groups * cohort.honest >= cohort.n_max
         fault(none, "cohort.honest", f"{cohort.groups} x {cohort.honest} and corrupt devices do not fit in n_max")
+    rate = task.optimizer.schedule
+    if (lacks := rate.lacks) is not None:
+        fault(True, f"optimizer.schedule.{lacks}", f"missing; {rate.kind!r} needs it")
+    elif rate.kind == "cosine":
+        early = f"{rate.over}: the rate is 0 before {task.rounds} models; raise it, or give floor"
+        fault(rate.factor_at(task.rounds - 1) == 0, "optimizer.schedule.over", early)
     short = schedule.answer_s <= schedule.grace_s
     fault(short, "schedule.answer_s", f"members must have longer than grace_s = {schedule.grace_s:g}; raise it")
     return found
@@ -554,4 +565,4 @@ def _read_bundle(content: bytes, task: Task, publishers: Sequence[bytes]) -> tup
 
 def load(row: TaskRow) -> tuple[Task, Planned]:
     """A task from the store. It was checked when it came in."""
-    return Task.from_toml(row.toml, row.name), Planned.decode(row.plan)
+    return Task.from_checked(row.toml, row.name), Planned.decode(row.plan)

@@ -59,6 +59,28 @@ def changed(old: str, new: str) -> str:
     return SMALL.replace(old, new)
 
 
+def scheduled(fields: str) -> str:
+    return changed("[optimizer]", f"[optimizer]\nschedule = {{{fields}}}")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    ["kind = 'cosine', over = 3, warmup = 1", "kind = 'cosine', over = 1, floor = 0.1",
+     "kind = 'step', every = 1, factor = 0.5", "warmup = 2"],
+)  # fmt: skip
+def test_a_schedule_with_its_numbers_moves_every_model(fields):
+    schedule = Task.from_toml(scheduled(fields)).optimizer.schedule
+    assert all(schedule.factor_at(number) > 0 for number in range(4))
+
+
+def test_a_task_from_before_its_schedules_numbers_were_asked_for_goes_on_as_it_did(store, directory):
+    add_task(store, directory / "task.toml")
+    with store.reading() as t:
+        row = t.task("tiny")
+    task, _ = load(row._replace(toml=scheduled("kind = 'cosine', floor = 0.5")))
+    assert [task.optimizer.schedule.factor_at(number) for number in range(3)] == [1.0, 0.5, 0.5]
+
+
 def test_the_documented_example_is_a_task():
     task = Task.from_toml(example())
     assert (task.name, task.privacy.noise_multiplier, task.optimizer.schedule.floor) == ("digits", 3.0, 0.1)
@@ -109,6 +131,13 @@ def test_every_commented_key_of_the_example_is_one():
             r"line 9: \[privacy\] clip: 0.5 is outside \[1.0, 2.0\]",
         ),
         (changed("[optimizer]", "[optimizer]\nschedule = {kind = 'up'}"), r"line 23: \[optimizer.schedule\] kind"),
+        (scheduled("kind = 'cosine'"), r"line 23: \[optimizer.schedule\] over: missing; 'cosine' needs it"),
+        (scheduled("kind = 'step', every = 2"), r"line 23: \[optimizer.schedule\] factor: missing; 'step' needs it"),
+        (scheduled("kind = 'step', factor = 0.5"), r"line 23: \[optimizer.schedule\] every: missing; 'step' needs it"),
+        (
+            scheduled("kind = 'cosine', over = 2, warmup = 1"),
+            r"line 23: \[optimizer.schedule\] over: 2: the rate is 0 before 4 models; raise it, or give floor",
+        ),
     ],
 )
 def test_a_fault_is_named_with_its_line_and_what_would_do(text, message):
