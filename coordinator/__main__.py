@@ -102,15 +102,20 @@ def _parser() -> argparse.ArgumentParser:
     invite.add_argument("--hours", type=float, metavar="H", help="its life (coordinator.toml says, if not given)")
     invite.add_argument("--count", type=int, default=1, metavar="N", help="print so many, one a line")
 
+    add(commands, "devices", fleet.devices, "who joined, with key, role, tags and when it was last seen")
     revoke = add(commands, "revoke", fleet.revoke, "shut a device out for good")
     revoke.add_argument("device", metavar="DEVICE", help="its public key in hexadecimal, or the first 8 digits or more")
     add(commands, "status", fleet.status, "what runs, who is in, how the tasks stand")
 
     task = commands.add_parser("task", help="what is trained")
     steps = task.add_subparsers(dest="step", required=True)
-    new = add(steps, "add", tasks.add, "check a task file, plan its privacy, and start it")
-    new.add_argument("file", type=Path, metavar="FILE", help="TOML; coordinator/task.py shows one in full")
-    new.add_argument("--roster", type=int, metavar="N", help="plan for so many devices, not those enrolled now")
+    for name, run, text in (
+        ("add", tasks.add, "check a task file, plan its privacy, and start it"),
+        ("plan", tasks.plan, "say what `task add` would, and start nothing"),
+    ):
+        new = add(steps, name, run, text)
+        new.add_argument("file", type=Path, metavar="FILE", help="TOML; coordinator/task.py shows one in full")
+        new.add_argument("--roster", type=int, metavar="N", help="plan for so many devices, not those enrolled now")
     add(steps, "list", tasks.list_, "all tasks")
     for name, run, text in (
         ("pause", tasks.pause, "open no further rounds"),

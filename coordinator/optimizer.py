@@ -31,26 +31,36 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How the learning rate goes with the number of models published so far.
 
     kind "constant"; "step": times `factor` after every `every` models; "cosine": from 1 down to `floor` over `over`
-    models, half a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983), and `floor` from then on.
+    models, half a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983), and `floor` from then on. A kind's own numbers
+    have to be given, but for `floor` (`lacks`).
     warmup: models over which the rate first rises in equal steps, whatever the kind.
     """
 
     kind: Literal["constant", "step", "cosine"] = "constant"
-    every: Annotated[int, Meta(ge=1)] = 1
-    factor: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
-    over: Annotated[int, Meta(ge=1)] = 1
+    every: Annotated[int, Meta(ge=1)] | None = None
+    factor: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
+    over: Annotated[int, Meta(ge=1)] | None = None
     floor: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
     warmup: Annotated[int, Meta(ge=0)] = 0
 
+    @property
+    def lacks(self) -> str | None:
+        """A number that its kind needs and that is not given."""
+        needed = {"constant": (), "step": ("every", "factor"), "cosine": ("over",)}[self.kind]
+        return next((name for name in needed if getattr(self, name) is None), None)
+
     def factor_at(self, number: int) -> float:
-        """What the learning rate is multiplied by for the model after `number` (0 for the first)."""
+        """What the learning rate is multiplied by for the model after `number` (0 for the first).
+
+        What is lacking counts as 1, as it did in tasks that were added before it was asked for.
+        """
         if number < self.warmup:
             return (number + 1) / (self.warmup + 1)
         done = number - self.warmup
         if self.kind == "step":
-            return self.factor ** (done // self.every)
+            return (self.factor or 1.0) ** (done // (self.every or 1))
         if self.kind == "cosine":
-            along = min(done / self.over, 1.0)
+            along = min(done / (self.over or 1), 1.0)
             return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * along)) / 2
         return 1.0
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from coordinator.accounting import Figures, Method, planned, planned_rdp
 from edge_sdk.errors import ParameterError
+from edge_sdk.policy import default_policy
 from edge_sdk.privacy.ledger_entry import noise_of
 from edge_sdk.privacy.mechanism import METRICS, MIN_SHARE_SIGMA, UNCONDITIONAL_BETA, Mechanism, Unit
 from edge_sdk.privacy.noise import MAX_SIGMA
@@ -204,6 +205,11 @@ class Plan:
     ledger_readers: float
     """epsilon that a device's filter needs for the whole plan."""
     ledger_coordinator: float
+    policy_delta: float
+    """At which a device counts by the policy that it joins with."""
+    policy_readers: float
+    """epsilon that such a device's filter needs; infinite if no budget is enough."""
+    policy_coordinator: float
 
     def __str__(self) -> str:
         m, c, w = self.mechanism, self.cohort, self.work
@@ -217,7 +223,9 @@ class Plan:
             f"Against the coordinator, who sees who sent, for a device that sends in {w.sends} rounds: "
             f"{self.figures.coordinator}; {self.figures_rdp.coordinator.epsilon:.2f} by RDP.",
             f"A device's ledger, which holds whatever the coordinator does, needs budgets of "
-            f"{_up(self.ledger_readers)} and {_up(self.ledger_coordinator)} for it.",
+            f"{_up(self.ledger_readers)} and {_up(self.ledger_coordinator)} for it at delta "
+            f"{self.figures.readers.delta:.1e}; by the policy that a device joins with, which counts at delta "
+            f"{self.policy_delta:.1e}, {_up(self.policy_readers)} and {_up(self.policy_coordinator)}.",
             f"Noise of {m.noise_multiplier:.3g} times what one unit adds: {m.sigma:.4g} steps in each group's sum, "
             f"carried by any {m.honest} devices, {m.share_sigma:.4g} steps each. The sum of all contributions is off "
             f"by {noise:.3g} a parameter (standard deviation), at a clip of {m.clip:g}.",
@@ -254,10 +262,20 @@ def make_plan(work: Work, cohort: Cohort, target: Target | FixedNoise) -> Plan:
     multiplier = target.multiplier if isinstance(target, FixedNoise) else _search(work, cohort, target, bits)
     mechanism = _finest(work, cohort, multiplier, bits)
     arguments = (mechanism, work.sampling, work.rounds, work.sends, target.delta)
-    readers, coordinator = _ledger_needs(work, mechanism, target.delta)
+    noise = noise_of(mechanism)
+    needs = _ledger_needs(work, _round_costs(work, *noise, work.unit), target.delta)
+    if math.inf in needs:
+        raise ParameterError(
+            f"no budget lets this plan through: {work.rounds} rounds with noise of {mechanism.noise_multiplier:.3g} "
+            f"times what one unit adds, at delta {target.delta:.1e}; what would do: more noise, fewer rounds, or a "
+            f"larger delta"
+        )
+    policy = default_policy([])
+    delta = policy.lifetime.readers.delta
+    joined = _ledger_needs(work, _round_costs(work, *noise, policy.protects), delta)
     return Plan(
         work, cohort, mechanism, _wrap(mechanism, work, cohort),
-        planned(*arguments), planned_rdp(*arguments), readers, coordinator,
+        planned(*arguments), planned_rdp(*arguments), *needs, delta, *joined,
     )  # fmt: skip
 
 
@@ -337,7 +355,7 @@ def _beta(work: Work) -> float:
 
 def _holds(work: Work, target: Target, noise: Noise, beta: float) -> bool:
     """Whether devices' filters with these budgets let the whole plan through."""
-    readers, coordinator = _round_costs(work, noise, beta)
+    readers, coordinator = _round_costs(work, noise, beta, work.unit)
     if target.readers is not None:
         total = readers * work.rounds
         if Filter.for_rounds(target.readers, readers).epsilon_of(total) > target.readers.epsilon:
@@ -349,16 +367,16 @@ def _holds(work: Work, target: Target, noise: Noise, beta: float) -> bool:
     return True
 
 
-def _round_costs(work: Work, noise: Noise, beta: float) -> tuple[AgainstReaders, AgainstCoordinator]:
+def _round_costs(work: Work, noise: Noise, beta: float, protects: Unit) -> tuple[AgainstReaders, AgainstCoordinator]:
     return (
-        against_readers(noise, work.unit, work.unit, work.sampling, beta),
-        against_coordinator(noise, work.unit, work.unit, work.sampling, beta),
+        against_readers(noise, work.unit, protects, work.sampling, beta),
+        against_coordinator(noise, work.unit, protects, work.sampling, beta),
     )
 
 
-def _ledger_needs(work: Work, mechanism: Mechanism, delta: float) -> tuple[float, float]:
-    """The least budgets, at `delta`, with which a filter lets the plan through. Raises ParameterError if none does."""
-    readers, coordinator = _round_costs(work, *noise_of(mechanism))
+def _ledger_needs(work: Work, costs: tuple[AgainstReaders, AgainstCoordinator], delta: float) -> tuple[float, float]:
+    """The least budgets, at `delta`, with which a filter lets the plan through; infinite where none does."""
+    readers, coordinator = costs
     rounds, sends = work.rounds, work.sends
 
     def readers_hold(epsilon: float) -> bool:
@@ -367,12 +385,10 @@ def _ledger_needs(work: Work, mechanism: Mechanism, delta: float) -> tuple[float
     def coordinator_holds(epsilon: float) -> bool:
         return Filter.for_rounds(Budget(epsilon, delta), coordinator).epsilon_of(coordinator * sends) <= epsilon
 
-    if not (readers_hold(MAX_EPSILON) and coordinator_holds(MAX_EPSILON)):
-        raise ParameterError(
-            f"no budget lets this plan through: {rounds} rounds with noise of {mechanism.noise_multiplier:.3g} times "
-            f"what one unit adds, at delta {delta:.1e}; what would do: more noise, fewer rounds, or a larger delta"
-        )
-    return _bisect(1e-4, MAX_EPSILON, readers_hold), _bisect(1e-4, MAX_EPSILON, coordinator_holds)
+    return (
+        _bisect(1e-4, MAX_EPSILON, readers_hold) if readers_hold(MAX_EPSILON) else math.inf,
+        _bisect(1e-4, MAX_EPSILON, coordinator_holds) if coordinator_holds(MAX_EPSILON) else math.inf,
+    )
 
 
 def _least_multiplier(work: Work, target: Target, holds: Callable[[float], bool]) -> float:
@@ -441,4 +457,4 @@ def _with_step(work: Work, cohort: Cohort, multiplier: float, bits: int, granula
 
 def _up(value: float) -> str:
     """Rounded up to two decimals: a budget of what it says is enough."""
-    return f"{math.ceil(value * 100) / 100:.2f}"
+    return f"{math.ceil(value * 100) / 100:.2f}" if math.isfinite(value) else "more than any budget"

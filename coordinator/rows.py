@@ -90,6 +90,12 @@ _tasks = Table(
     Column("added_s", Float, nullable=False),
 )  # fmt: skip
 
+_waits = Table(
+    "waits", metadata,
+    Column("task", Text, ForeignKey("tasks.name"), primary_key=True),
+    Column("reason", Text, nullable=False),
+)  # fmt: skip
+
 _rounds = Table(
     "rounds", metadata,
     Column("tid", LargeBinary, primary_key=True),
@@ -513,10 +519,14 @@ class Transaction:
 
     def add_task(self, row: TaskRow) -> None:
         """Raises ParameterError if a task of this name is there: rounds and budgets are counted by name."""
-        if self.task(row.name) is not None:
-            raise ParameterError(f"there is a task {row.name!r} already: choose another name")
+        self.check_new(row.name)
         self._run(_tasks.insert().values(**row._asdict()))
         self._changed()
+
+    def check_new(self, name: str) -> None:
+        """Return if no task has this name, else raise ParameterError."""
+        if self.task(name) is not None:
+            raise ParameterError(f"there is a task {name!r} already: choose another name")
 
     def task(self, name: str) -> TaskRow | None:
         row = self._one(sql.select(_tasks).where(_tasks.c.name == name))
@@ -548,14 +558,24 @@ class Transaction:
         self._changed()
         return int(self._connection.execute(sql.select(_tasks.c.next_round).where(_tasks.c.name == name)).scalar_one())
 
+    def set_waiting(self, name: str, reason: str) -> None:
+        """Why the task has no next ticket, until it has one (`add_round`)."""
+        self._put(_waits, {"task": name}, {"reason": reason})
+
+    def waiting(self, name: str) -> str:
+        """Why the task had no next ticket when one was last tried; empty if it got it."""
+        row = self._one(sql.select(_waits.c.reason).where(_waits.c.task == name))
+        return str(row.reason) if row else ""
+
     # --- rounds
 
     def add_round(self, row: RoundRow, prekeys: Iterable[tuple[bytes, int]]) -> None:
-        """A ticket, with the prekeys (member, serial) that it uses up and its number."""
+        """A ticket, with the prekeys (member, serial) that it uses up and its number: its task waits no longer."""
         self._run(_rounds.insert().values(**row._asdict()))
         for member, serial in prekeys:
             self.use_prekey(member, serial, row.tid)
         self._run(_tasks.update().where(_tasks.c.name == row.task).values(next_round=row.number + 1))
+        self._run(_waits.delete().where(_waits.c.task == row.task))
 
     def round(self, tid: bytes) -> RoundRow | None:
         row = self._one(sql.select(_rounds).where(_rounds.c.tid == tid))

@@ -672,9 +672,10 @@ class Server:
         if reason is not None:
             running.retry_s = now_s + LOOK_S
             if reason != running.reason:
-                running.reason = reason
-                log.info("task %s waits: %s", running.task.name, reason)
-                self._on_event(events.Waiting(running.task.name, reason))
+                name, running.reason = running.task.name, reason
+                log.info("task %s waits: %s", name, reason)
+                self._batch.write(lambda t: t.set_waiting(name, reason))
+                self._batch.say(events.Waiting(name, reason))
 
     def _try_ticket(self, running: RunningTask, now_s: float) -> str | None:
         """Issue the task's next ticket, or say why not."""

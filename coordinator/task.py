@@ -69,6 +69,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -83,6 +84,7 @@ from coordinator.store import Store
 from coordinator.toml_file import KeyPath, place, tables
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import ParameterError, PeerError
+from edge_sdk.policy import default_policy
 from edge_sdk.privacy.mechanism import METRICS, Mechanism
 from edge_sdk.privacy.rdp import Budget, Sampling
 from edge_sdk.protocol import messages
@@ -189,15 +191,20 @@ class Task(_Table, frozen=True):
 
         Raises ParameterError "<source>, line <n>: [<table>] <key>: <what is wrong>; <remedy>".
         """
-        given = tables(text, source)
-        try:
-            # not strict: 1 is a number where 1.0 is meant
-            task = msgspec.convert(given, cls)
-        except msgspec.ValidationError as error:
-            raise ParameterError(_explained(source, text, str(error))) from error
+        task = cls.from_checked(text, source)
         for path, fault in _faults(task):
             raise ParameterError(f"{source}, {place(text, path)}: {fault}")
         return task
+
+    @classmethod
+    def from_checked(cls, text: str, source: str = "task") -> Task:
+        """The same for a text whose parts fitted when it came in, by whatever was asked for then."""
+        given = tables(text, source)
+        try:
+            # not strict: 1 is a number where 1.0 is meant
+            return msgspec.convert(given, cls)
+        except msgspec.ValidationError as error:
+            raise ParameterError(_explained(source, text, str(error))) from error
 
     def admits(self, device: DeviceRow) -> bool:
         """Whether an enrolled device may take part: helpers do not, and tags choose if the task names any."""
@@ -260,6 +267,12 @@ def _faults(task: Task) -> list[tuple[KeyPath, str]]:
         fault(few, "cohort.n_max", f"{cohort.n_max} is below the expected {cohort.expected:g}; raise it")
         none = cohort.groups * cohort.honest >= cohort.n_max
         fault(none, "cohort.honest", f"{cohort.groups} x {cohort.honest} and corrupt devices do not fit in n_max")
+    rate = task.optimizer.schedule
+    if (lacks := rate.lacks) is not None:
+        fault(True, f"optimizer.schedule.{lacks}", f"missing; {rate.kind!r} needs it")
+    elif rate.kind == "cosine":
+        early = f"{rate.over}: the rate is 0 before {task.rounds} models; raise it, or give floor"
+        fault(rate.factor_at(task.rounds - 1) == 0, "optimizer.schedule.over", early)
     short = schedule.answer_s <= schedule.grace_s
     fault(short, "schedule.answer_s", f"members must have longer than grace_s = {schedule.grace_s:g}; raise it")
     return found
@@ -283,7 +296,7 @@ class Planned(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
     bundle: its hash.  dimension: of the integer vector.  readers, coordinator: (rounds, epsilon by PLD) at `delta`,
     for so many published models, or for a device that sent in so many rounds; ascending.  ledger_readers,
-    ledger_coordinator: budgets that a device's ledger needs.  text: for people.
+    ledger_coordinator: budgets that a device's ledger needs, at `delta`.  text: for people.
     """
 
     bundle: bytes
@@ -300,6 +313,10 @@ class Planned(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     text: str
     publisher: bytes = b""
     """Public key of who signed the bundle."""
+    policy_delta: float = 0.0
+    policy_readers: float = 0.0
+    policy_coordinator: float = 0.0
+    """Budgets that a ledger needs at `policy_delta`, by what a device joins with; infinite if none is enough."""
 
     @property
     def mechanism(self) -> Mechanism:
@@ -420,7 +437,34 @@ def plan(task: Task, bundle: Bundle, roster: int, corrupt_devices: int) -> Plann
         ledger_readers=made.ledger_readers,
         ledger_coordinator=made.ledger_coordinator,
         text=str(made),
+        policy_delta=made.policy_delta,
+        policy_readers=made.policy_readers,
+        policy_coordinator=made.policy_coordinator,
     )
+
+
+def refusals(task: Task, planned: Planned) -> list[str]:
+    """What a device would refuse by the policy that it joins with, for people: a fleet of such devices never starts."""
+    policy = default_policy([task.name])
+    multiplier, found = planned.mechanism.noise_multiplier, []
+    if planned.honest < policy.min_honest:
+        found.append(f"refuses this: min_honest is {policy.min_honest}, and the task's honest is {planned.honest}")
+    if multiplier < policy.min_noise_multiplier:
+        found.append(
+            f"refuses this: min_noise_multiplier is {policy.min_noise_multiplier:g}, and the task's noise is "
+            f"{multiplier:.3g} times what one unit adds"
+        )
+    for key, limits in ((f"tasks.{task.name}.limits", policy.task_limits[task.name]), ("lifetime", policy.lifetime)):
+        for observer, allowed, needed in (
+            ("readers", limits.readers, planned.policy_readers),
+            ("coordinator", limits.coordinator, planned.policy_coordinator),
+        ):
+            if needed > allowed.epsilon:
+                found.append(
+                    f"refuses this before its end: {key}.{observer} has epsilon {allowed.epsilon:g} at delta "
+                    f"{allowed.delta:g}, and the task needs {needed:.3g}"
+                )
+    return [f"the policy.toml that a device joins with {fault}" for fault in found]
 
 
 def _most_contributors(task: Task) -> int:
@@ -429,16 +473,30 @@ def _most_contributors(task: Task) -> int:
     return cohort.n_max or max(2, min(MAX_CONTRIBUTORS, math.ceil(cohort.expected + 6 * cohort.spread)))
 
 
-def add_task(
+@dataclass(frozen=True)
+class Checked:
+    """A task file that holds, planned, with all that the store takes of it. text, content: the file's, the bundle's.
+
+    warnings: what may keep its rounds from opening all the same, for people.
+    """
+
+    task: Task
+    text: str
+    planned: Planned
+    bundle: Bundle
+    content: bytes
+    warnings: list[str]
+
+
+def check_task(
     store: Store,
     path: Path,
     *,
     corrupt_devices: int,
-    now_s: float,
     publishers: Sequence[bytes] = (),
     roster: int | None = None,
-) -> Planned:
-    """Check the task file at `path`, plan it, and put it into the store, where a running server finds it.
+) -> Checked:
+    """Check the task file at `path` and plan it. Nothing is changed.
 
     publishers: those that devices pin when they join; one of them signed the bundle unless the task names another.
     roster: devices to plan for; None: those enrolled now, or, if there are fewer, as many as the task's n_max asks.
@@ -449,6 +507,9 @@ def add_task(
     except (OSError, UnicodeDecodeError) as error:
         raise ParameterError(f"{path}: {error}") from error
     task = Task.from_toml(text, path.name)
+    with store.reading() as t:
+        t.check_new(task.name)  # before the planning, which takes its time
+        enrolled = [row for row in t.devices() if row.role == "device" and row.revoked_s is None]
     try:
         content = (path.parent / task.bundle).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
@@ -460,27 +521,34 @@ def add_task(
         fault = str(error).removeprefix("bundle: ")  # the place says so
         raise PeerError(f"{path.name}, {place(text, ('bundle',))}: {fault}") from error
     if roster is None:
-        with store.reading() as t:
-            enrolled = sum(row.role == "device" and row.revoked_s is None for row in t.devices())
-        roster = max(enrolled, _most_contributors(task))
+        roster = max(len(enrolled), _most_contributors(task))
     try:
         planned = plan(task, bundle, min(roster, MAX_ROSTER), corrupt_devices)
     except PlanFault as fault:
         raise ParameterError(f"{path.name}, {place(text, fault.path)}: {fault}") from fault
     planned = msgspec.structs.replace(planned, publisher=publisher)
-    bundle_file = store.put_blob(content)
-    initial = bundle.flatten(bundle.parameters())
+    borne = frozenset[str]().union(*(row.tags for row in enrolled))
+    nobodys = [
+        f"participants: no enrolled device bears the tag {tag!r}" for tag in task.participants if tag not in borne
+    ]
+    return Checked(task, text, planned, bundle, content, [*nobodys, *refusals(task, planned)])
+
+
+def add_task(store: Store, checked: Checked, now_s: float) -> None:
+    """Put a task into the store, where a running server finds it. Raises ParameterError if its name was taken."""
+    task, planned = checked.task, checked.planned
+    bundle_file = store.put_blob(checked.content)
+    initial = checked.bundle.flatten(checked.bundle.parameters())
     parameters = store.put_blob(initial.astype("<f4").tobytes())
     memory = store.put_blob(pack_memory(task.optimizer.start(len(initial))))
     with store.transaction() as t:
-        t.add_task(TaskRow(task.name, text, planned.encode(), bundle_file, "running", 0, now_s))
+        t.add_task(TaskRow(task.name, checked.text, planned.encode(), bundle_file, "running", 0, now_s))
         t.add_model(
             ModelRow(
                 task.name, 0, parameters, memory, None, None, task.privacy.clip, task.cohort.expected, None, None, {},
                 now_s,
             )
         )  # fmt: skip
-    return planned
 
 
 def _read_bundle(content: bytes, task: Task, publishers: Sequence[bytes]) -> tuple[Bundle, bytes]:
@@ -497,4 +565,4 @@ def _read_bundle(content: bytes, task: Task, publishers: Sequence[bytes]) -> tup
 
 def load(row: TaskRow) -> tuple[Task, Planned]:
     """A task from the store. It was checked when it came in."""
-    return Task.from_toml(row.toml, row.name), Planned.decode(row.plan)
+    return Task.from_checked(row.toml, row.name), Planned.decode(row.plan)

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
@@ -137,10 +138,35 @@ def default_policy_toml(
     return text
 
 
+def default_policy(tasks: Iterable[str]) -> Policy:
+    """The same, of a device with stand-ins for keys: for whoever plans for devices that join. Errors as above."""
+    nobody = bytes(32)
+    return Policy.from_toml(default_policy_toml(nobody, nobody, [nobody], tasks))
+
+
 def _hex_list(role: str, keys: list[bytes]) -> str:
     if any(len(key) != 32 for key in keys):
         raise ParameterError(f"policy: the key of an {role} is 32 bytes")
     return "[" + ", ".join(f'"{key.hex()}"' for key in keys) + "]"
+
+
+@dataclass(frozen=True)
+class OwnTerms(Terms):
+    """`Terms` whose refusals name the key of policy.toml that asks for so much."""
+
+    honest_key: str = "min_honest"
+    noise_key: str = "min_noise_multiplier"
+
+    def check(self, round_: Round) -> None:
+        Terms(self.bundle, dimension=self.dimension).check(round_)
+        for key, terms in (
+            (self.honest_key, Terms(self.bundle, min_honest=self.min_honest)),
+            (self.noise_key, Terms(self.bundle, min_noise_multiplier=self.min_noise_multiplier)),
+        ):
+            try:
+                terms.check(round_)
+            except PeerError as error:
+                raise PeerError(f"{error} (policy.toml: {key})") from error
 
 
 class TaskPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -185,10 +211,12 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         bundle: hash of the one registered for the task.
         """
         own = self._task(task)
-        return Terms(
+        return OwnTerms(
             bundle=bundle,
             min_honest=max(self.min_honest, own.min_honest),
             min_noise_multiplier=max(self.min_noise_multiplier, own.min_noise_multiplier),
+            honest_key=_stricter(task, "min_honest", self.min_honest, own.min_honest),
+            noise_key=self._noise_key(task, own),
         )
 
     def publishers_of(self, task: str) -> tuple[bytes, ...]:
@@ -211,25 +239,37 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _listed("fleet authority", frozen.fleet, self.authorities, None)
         _listed("operator", frozen.coordinator, self.operators, own.operators)
         if self.protects == "device" and ticket.noise.unit == "example":
-            raise PeerError('ticket: unit "example" protects no whole device, and this policy does')
+            raise PeerError(
+                'ticket: unit "example" protects no whole device, and this policy does (policy.toml: protects)'
+            )
         mechanism, sampling = mechanism_of(round_), sampling_of(round_)
         floor = max(self.min_noise_multiplier, own.min_noise_multiplier)
         if not mechanism.noise_multiplier >= floor:
             raise PeerError(
                 f"ticket: noise of {mechanism.noise_multiplier:.3g} times what one unit adds is below this device's "
-                f"floor of {floor}"
+                f"floor of {floor} (policy.toml: {self._noise_key(ticket.task, own)})"
             )
         if not sampling.device <= self.max_device_rate:
             raise PeerError(
                 f"ticket: device_rate {sampling.device} is more often than this device takes part: "
-                f"{self.max_device_rate}"
+                f"{self.max_device_rate} (policy.toml: max_device_rate)"
             )
 
     def _task(self, task: str) -> TaskPolicy:
         own = self.tasks.get(task)
         if own is None:
-            raise PeerError(f"ticket: task {task} is not among those that this device takes part in")
+            raise PeerError(
+                f"ticket: task {task} is not among those that this device takes part in (policy.toml: tasks)"
+            )
         return own
+
+    def _noise_key(self, task: str, own: TaskPolicy) -> str:
+        return _stricter(task, "min_noise_multiplier", self.min_noise_multiplier, own.min_noise_multiplier)
+
+
+def _stricter(task: str, key: str, general: float, own: float) -> str:
+    """Where in policy.toml the larger of two floors stands."""
+    return f"tasks.{task}.{key}" if own > general else key
 
 
 def _listed(role: str, key: bytes, allowed: tuple[str, ...], narrower: tuple[str, ...] | None) -> None:

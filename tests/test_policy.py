@@ -202,6 +202,24 @@ def test_a_cohort_below_the_least_is_refused_by_the_terms():
         policy().terms("keywords", bytes(32)).check(round_of(small))
 
 
+def test_a_refusal_names_the_key_of_the_policy_that_asks_for_more():
+    def refusal(check):
+        with pytest.raises(PeerError) as refused:
+            check()
+        return str(refused.value).rpartition(" (policy.toml: ")[2]
+
+    def terms(task, bundle=bytes(32)):
+        return policy(min_honest="4").terms(task, bundle)
+
+    small, weak = round_of(mechanism(honest=3)), round_of(mechanism(honest=6, multiplier=0.49))
+    assert refusal(lambda: terms("keywords").check(small)) == "min_honest)"
+    assert refusal(lambda: terms("strict").check(small)) == "tasks.strict.min_honest)"
+    assert refusal(lambda: terms("keywords").check(weak)) == "min_noise_multiplier)"
+    assert refusal(lambda: terms("strict").check(weak)) == "tasks.strict.min_noise_multiplier)"
+    assert refusal(lambda: policy().check_round(weak)) == "min_noise_multiplier)"
+    assert refusal(lambda: terms("keywords", b"b" * 32).check(small)).startswith("ticket: bundle ")
+
+
 def test_rounds_of_examples_are_refused_where_whole_devices_are_protected():
     with pytest.raises(PeerError, match="protects no whole device"):
         policy(protects='"device"').check_round(round_of(mechanism()))

@@ -1,4 +1,4 @@
-"""`invite`, `revoke` and `status`: who is in."""
+"""`invite`, `devices`, `revoke` and `status`: who is in."""
 
 from __future__ import annotations
 
@@ -39,6 +39,40 @@ def invite(options: argparse.Namespace) -> int:
     return 0
 
 
+def devices(options: argparse.Namespace) -> int:
+    """Print who ever joined: those that are in before those that were revoked, who is away longest first."""
+    store = open_store(options)
+    try:
+        with store.reading() as rows:
+            found = rows.devices()
+    finally:
+        store.close()
+    found.sort(key=lambda row: (row.revoked_s is not None, row.last_seen_s or 0.0, row.enrolled_s))
+    for row in found:
+        if options.json:
+            print_object(
+                {
+                    "device": row.key.hex(),
+                    "role": row.role,
+                    "tags": sorted(row.tags),
+                    "enrolled_s": row.enrolled_s,
+                    "last_seen_s": row.last_seen_s,
+                    "revoked": row.revoked_s is not None,
+                    "revoked_s": row.revoked_s,
+                }
+            )
+        else:
+            tags = ", ".join(sorted(row.tags)) or "no tags"
+            seen = f"last seen {_when(row.last_seen_s)}" if row.last_seen_s is not None else "never seen"
+            out = f"; revoked {_when(row.revoked_s)}" if row.revoked_s is not None else ""
+            print(f"{row.key.hex()} {row.role} ({tags}): enrolled {_when(row.enrolled_s)}, {seen}{out}")
+    return 0
+
+
+def _when(at_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at_s))
+
+
 def revoke(options: argparse.Namespace) -> int:
     """Shut a device out for good."""
     store = open_store(options)
@@ -76,6 +110,7 @@ def status(options: argparse.Namespace) -> int:
                         "state": row.state,
                         "model": newest.number if newest is not None else 0,
                         "rounds": task.rounds,
+                        "waiting": rows.waiting(row.name) if row.state == "running" else "",
                         "round": last.number if last is not None else None,
                         "phase": last.phase if last is not None else None,
                         "reason": last.reason if last is not None else "",
@@ -119,8 +154,10 @@ def status(options: argparse.Namespace) -> int:
     )
     print(f"  epoch {answer['epoch']} of {answer['epoch_devices']} devices" if epoch is not None else "  no epoch yet")
     for line in tasks:
-        shown = ", ".join(f"{key} {value:.4g}" for key, value in line["metrics"].items())
-        print(f"  task {line['task']}: {line['state']}, model {line['model']} of {line['rounds']}; {shown}")
+        shown = "".join(f"; {key} {value:.4g}" for key, value in line["metrics"].items())
+        print(f"  task {line['task']}: {line['state']}, model {line['model']} of {line['rounds']}{shown}")
         if line["phase"] is not None:
-            print(f"    round {line['round']}: {line['phase']} {line['reason']}")
+            print(f"    round {line['round']}: {line['phase']} {line['reason']}".rstrip())
+        if line["waiting"]:
+            print(f"    waiting: {line['waiting']}")
     return 0

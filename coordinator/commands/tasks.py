@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from coordinator.commands.directory import open_store
-from coordinator.commands.output import print_object, print_result
+from coordinator.commands.output import print_object, print_result, say
 from edge_sdk.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -17,26 +17,37 @@ if TYPE_CHECKING:
 
 def add(options: argparse.Namespace) -> int:
     """Check a task file, plan its privacy, and start it."""
+    return _plan(options, start=True)
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Say what `add` would, and start nothing."""
+    return _plan(options, start=False)
+
+
+def _plan(options: argparse.Namespace, *, start: bool) -> int:
     from coordinator.serving import Directory
-    from coordinator.task import Task, add_task
+    from coordinator.task import add_task, check_task
 
     directory = Directory.open(options.dir)
     store = open_store(options)
     try:
-        planned = add_task(
+        checked = check_task(
             store,
             options.file,
             corrupt_devices=_corrupt_devices(directory, store),
-            now_s=time.time(),
             publishers=[bytes.fromhex(key) for key in directory.config.publishers],
             roster=options.roster,
         )
+        if start:
+            add_task(store, checked, time.time())
     finally:
         store.close()
+    planned = checked.planned
     if options.json:
         print_object(
             {
-                "task": Task.from_toml(options.file.read_text(encoding="utf-8")).name,
+                "task": checked.task.name,
                 "bundle": planned.bundle.hex(),
                 "dimension": planned.dimension,
                 "n_max": planned.n_max,
@@ -46,10 +57,15 @@ def add(options: argparse.Namespace) -> int:
                 "coordinator_epsilon": planned.coordinator[-1][1],
                 "ledger_readers": planned.ledger_readers,
                 "ledger_coordinator": planned.ledger_coordinator,
+                "policy_delta": planned.policy_delta,
+                "policy_readers": planned.policy_readers,
+                "policy_coordinator": planned.policy_coordinator,
+                "warnings": checked.warnings,
             }
         )
     else:
         print(planned.text)
+    say(*(f"warning: {warning}" for warning in checked.warnings))
     return 0
 
 

@@ -292,6 +292,37 @@ def test_revoke_needs_an_unambiguous_device(operator):
     assert (operator("status")[0]["devices"], operator("status")[0]["revoked"]) == (1, 1)
 
 
+def test_devices_are_listed_with_who_is_away_longest_first_and_who_was_revoked_last(operator, capsys):
+    operator.init()
+    assert operator("devices") == []
+    store = Store(operator.directory)
+    with store.transaction() as rows:
+        for key, role, tags in (
+            (b"\x01", "device", ["oven", "kitchen"]),
+            (b"\x02", "helper", []),
+            (b"\x03", "device", []),
+        ):
+            rows.add_device(key * 32, role, tags, 60.0)
+        rows.seen([b"\x01" * 32], 3600.0)
+        rows.seen([b"\x03" * 32], 120.0)
+        rows.revoke(b"\x03" * 32, 7200.0)
+    store.close()
+    first, second, third = operator("devices")
+    assert [first["device"], second["device"], third["device"]] == ["02" * 32, "01" * 32, "03" * 32]
+    assert second == {
+        "device": "01" * 32, "role": "device", "tags": ["kitchen", "oven"], "enrolled_s": 60.0, "last_seen_s": 3600.0,
+        "revoked": False, "revoked_s": None,
+    }  # fmt: skip
+    assert (third["revoked"], third["revoked_s"]) == (True, 7200.0)
+    assert main(["devices", "--dir", str(operator.directory)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{'02' * 32} helper (no tags): enrolled 1970-01-01 00:01 UTC, never seen",
+        f"{'01' * 32} device (kitchen, oven): enrolled 1970-01-01 00:01 UTC, last seen 1970-01-01 01:00 UTC",
+        f"{'03' * 32} device (no tags): enrolled 1970-01-01 00:01 UTC, last seen 1970-01-01 00:02 UTC; "
+        "revoked 1970-01-01 02:00 UTC",
+    ]
+
+
 # Tasks and models
 
 
@@ -332,6 +363,47 @@ def test_what_is_not_there_is_named(operator, task_file, words, message):
     operator.init()
     operator("task", "add", task_file)
     assert message in operator(*words, code=1)
+
+
+def test_status_says_what_a_running_task_waits_for_and_nothing_that_is_not_there(operator, task_file, capsys):
+    def last_lines():
+        capsys.readouterr()
+        assert main(["status", "--dir", str(operator.directory)]) == 0
+        return capsys.readouterr().out.splitlines()[-2:]
+
+    operator.init()
+    operator("task", "add", task_file)
+    assert last_lines() == ["  no epoch yet", "  task digits: running, model 0 of 4"]
+    operator.serve()
+    operator.events("waiting")
+    operator.end()
+    reason = "0 of 0 devices are ready, and the task plans with 4"
+    assert operator("status")[0]["tasks"][0]["waiting"] == reason
+    assert last_lines() == ["  task digits: running, model 0 of 4", f"    waiting: {reason}"]
+    operator("task", "pause", "digits")
+    assert operator("status")[0]["tasks"][0]["waiting"] == ""
+
+
+def test_a_plan_is_what_add_says_and_starts_nothing(operator, task_file, capsys):
+    operator.init()
+    planned = operator("task", "plan", task_file)
+    assert main(["task", "plan", "--dir", str(operator.directory), str(task_file)]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("4 rounds of unit 'example', ")
+    (warning,) = planned[0]["warnings"]
+    assert "min_honest is 10, and the task's honest is 2" in warning
+    assert said.err.splitlines() == [f"warning: {warning}"]
+    assert operator("task", "list") == []
+    assert list((operator.directory / "blobs").iterdir()) == []
+    assert operator("task", "add", task_file) == planned
+
+
+def test_a_name_that_is_taken_is_told_before_anything_is_planned(operator, task_file, monkeypatch):
+    operator.init()
+    operator("task", "add", task_file)
+    monkeypatch.setattr("coordinator.task.plan", lambda *_: pytest.fail("it plans"))
+    for step in ("add", "plan"):
+        assert "there is a task 'digits' already" in operator("task", step, task_file, code=1)
 
 
 def test_a_task_is_added_once_and_a_bundle_of_another_publisher_not_at_all(operator, task_file, tmp_path):

@@ -22,7 +22,7 @@ from coordinator.planner import (
     noise_plan,
 )
 from edge_sdk.errors import ParameterError, PeerError
-from edge_sdk.policy import Policy, default_policy_toml, mechanism_of, sampling_of
+from edge_sdk.policy import Policy, default_policy, default_policy_toml, mechanism_of, sampling_of
 from edge_sdk.privacy.ledger_entry import Account, Draw, Release, Send, noise_of
 from edge_sdk.privacy.rdp import Budget, BudgetExceeded, Filter, Sampling, against_coordinator, against_readers
 from edge_sdk.protocol import reference
@@ -65,6 +65,21 @@ def test_a_plan_by_pld_holds_its_target_by_pld_with_less_noise_and_says_what_led
     run_filter(Budget(plan.ledger_coordinator, 1e-4), coordinator, DEMO.sends)
     with pytest.raises(BudgetExceeded):
         run_filter(Budget(plan.ledger_readers * 0.99, 1e-4), readers, DEMO.rounds)
+
+
+@pytest.mark.parametrize("work", [DEMO, replace(DEMO, unit="device", sampling=Sampling())], ids=["example", "device"])
+def test_a_plan_says_what_a_device_needs_that_counts_by_the_policy_that_it_joins_with(work):
+    plan = make_plan(work, TWENTY, FixedNoise(4.0, 1e-4))
+    policy = default_policy(["digits"])
+    limits = (policy.lifetime, policy.task_limits["digits"])
+    assert {budget.delta for each in limits for budget in (each.readers, each.coordinator)} == {plan.policy_delta}
+    readers, coordinator = Release.of(plan.mechanism, work.sampling).costs(policy.protects)
+    run_filter(Budget(plan.policy_readers, 1e-6), readers, work.rounds)
+    run_filter(Budget(plan.policy_coordinator, 1e-6), coordinator, work.sends)
+    with pytest.raises(BudgetExceeded):
+        run_filter(Budget(plan.policy_readers * 0.99, 1e-6), readers, work.rounds)
+    assert plan.ledger_readers < plan.policy_readers
+    assert " at delta 1.0e-04; by the policy that a device joins with, which counts at delta 1.0e-06, " in str(plan)
 
 
 # The demonstration: twenty devices, logistic regression on 8 x 8 digits, a fixed noise multiplier.

@@ -762,6 +762,22 @@ def test_a_task_that_cannot_start_says_why_once(tmp_path):
     fleet.close()
 
 
+def test_what_a_task_waits_for_is_in_the_store_until_its_round_opens(tmp_path):
+    fleet = make(tmp_path)
+    store = Store(fleet.directory)
+
+    def waiting():
+        with store.reading() as t:
+            return t.waiting("tiny")
+
+    fleet.run(lambda: any(isinstance(e, events.Waiting) for e in fleet.events))
+    assert waiting() == [e.reason for e in fleet.events if isinstance(e, events.Waiting)][-1]
+    fleet.run(fleet.saw(events.RoundOpened))
+    assert waiting() == ""
+    store.close()
+    finish(fleet)
+
+
 @pytest.mark.parametrize("committee", ["helpers", "everyone"])
 def test_a_ticket_leaves_in_the_step_in_which_the_last_prekey_it_waits_for_comes(tmp_path, committee):
     fleet = make(tmp_path, committee=committee)

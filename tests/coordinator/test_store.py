@@ -114,6 +114,21 @@ def test_a_directory_from_before_headers_were_kept_opens_and_keeps_them(tmp_path
         store.close()
 
 
+def test_a_directory_from_before_waits_were_kept_opens_and_keeps_them(tmp_path):
+    store = Store(tmp_path)
+    with store.transaction() as t:
+        t.add_task(task_row())
+    store.close()
+    with sqlite3.connect(tmp_path / "coordinator.db") as connection:
+        connection.execute("DROP TABLE waits")
+    for expected in ("", "for devices"):
+        store = Store(tmp_path)
+        with store.transaction() as t:
+            assert t.waiting("digits") == expected
+            t.set_waiting("digits", "for devices")
+        store.close()
+
+
 def test_a_devices_header_takes_the_place_of_its_earlier_one_and_of_no_other(store):
     others = HeaderRow(bytes([2]) * 32, 9, b"other")
     with store.transaction() as t:
@@ -448,7 +463,7 @@ def test_a_file_that_a_row_names_is_not_dropped(store):
 def test_the_schema_is_one_that_postgresql_takes_too():
     for table in rows.metadata.sorted_tables:
         text = str(CreateTable(table).compile(dialect=postgresql.dialect()))
-        assert "BYTEA" in text or table.name in ("meta", "tasks")
+        assert "BYTEA" in text or table.name in ("meta", "tasks", "waits")
         assert "BLOB" not in text
 
 

@@ -12,7 +12,8 @@ from training import tiny_models as tiny
 import coordinator.task
 from coordinator.errors import StoreError
 from coordinator.store import Store
-from coordinator.task import Planned, Task, add_task, load
+from coordinator.task import Planned, Task, check_task, load
+from coordinator.task import add_task as add_checked
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError, PeerError
 
@@ -56,6 +57,28 @@ answer_s = 600
 def changed(old: str, new: str) -> str:
     assert old in SMALL
     return SMALL.replace(old, new)
+
+
+def scheduled(fields: str) -> str:
+    return changed("[optimizer]", f"[optimizer]\nschedule = {{{fields}}}")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    ["kind = 'cosine', over = 3, warmup = 1", "kind = 'cosine', over = 1, floor = 0.1",
+     "kind = 'step', every = 1, factor = 0.5", "warmup = 2"],
+)  # fmt: skip
+def test_a_schedule_with_its_numbers_moves_every_model(fields):
+    schedule = Task.from_toml(scheduled(fields)).optimizer.schedule
+    assert all(schedule.factor_at(number) > 0 for number in range(4))
+
+
+def test_a_task_from_before_its_schedules_numbers_were_asked_for_goes_on_as_it_did(store, directory):
+    add_task(store, directory / "task.toml")
+    with store.reading() as t:
+        row = t.task("tiny")
+    task, _ = load(row._replace(toml=scheduled("kind = 'cosine', floor = 0.5")))
+    assert [task.optimizer.schedule.factor_at(number) for number in range(3)] == [1.0, 0.5, 0.5]
 
 
 def test_the_documented_example_is_a_task():
@@ -108,6 +131,13 @@ def test_every_commented_key_of_the_example_is_one():
             r"line 9: \[privacy\] clip: 0.5 is outside \[1.0, 2.0\]",
         ),
         (changed("[optimizer]", "[optimizer]\nschedule = {kind = 'up'}"), r"line 23: \[optimizer.schedule\] kind"),
+        (scheduled("kind = 'cosine'"), r"line 23: \[optimizer.schedule\] over: missing; 'cosine' needs it"),
+        (scheduled("kind = 'step', every = 2"), r"line 23: \[optimizer.schedule\] factor: missing; 'step' needs it"),
+        (scheduled("kind = 'step', factor = 0.5"), r"line 23: \[optimizer.schedule\] every: missing; 'step' needs it"),
+        (
+            scheduled("kind = 'cosine', over = 2, warmup = 1"),
+            r"line 23: \[optimizer.schedule\] over: 2: the rate is 0 before 4 models; raise it, or give floor",
+        ),
     ],
 )
 def test_a_fault_is_named_with_its_line_and_what_would_do(text, message):
@@ -129,8 +159,14 @@ def directory(tmp_path):
     return tmp_path
 
 
+def add_task(store, path, **given):
+    checked = check_task(store, path, corrupt_devices=2, **given)
+    add_checked(store, checked, 1.0)
+    return checked.planned
+
+
 def test_a_task_is_planned_once_and_found_again(store, directory):
-    planned = add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+    planned = add_task(store, directory / "task.toml")
     with store.reading() as t:
         row, model = t.task("tiny"), t.newest_model("tiny")
     task, again = load(row)
@@ -139,6 +175,44 @@ def test_a_task_is_planned_once_and_found_again(store, directory):
     assert planned.dimension == len(store.blob(model.parameters)) // 4 + 4
     assert store.blob(row.bundle_file) == (directory / "tiny.bundle").read_bytes()
     assert (model.number, model.parent, model.clip) == (0, None, 0.5)
+
+
+def test_a_task_that_devices_take_part_in_as_they_joined_has_no_warnings(store, directory):
+    assert check_task(store, directory / "task.toml", corrupt_devices=2).warnings == []
+
+
+def test_a_tag_that_no_enrolled_device_bears_is_said(store, directory):
+    (directory / "task.toml").write_text(changed("rounds = 4", 'rounds = 4\nparticipants = ["oven", "hall", "attic"]'))
+    with store.transaction() as t:
+        t.add_device(b"1" * 32, "device", ["oven"], 1.0)
+        t.add_device(b"2" * 32, "helper", ["hall"], 1.0)
+        t.add_device(b"3" * 32, "device", ["attic"], 1.0)
+        t.revoke(b"3" * 32, 2.0)
+    assert check_task(store, directory / "task.toml", corrupt_devices=2).warnings == [
+        "participants: no enrolled device bears the tag 'hall'",
+        "participants: no enrolled device bears the tag 'attic'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "warnings"),
+    [
+        ("honest = 14", "honest = 9", ["refuses this: min_honest is 10, and the task's honest is 9"]),
+        ("noise_multiplier = 3", "noise_multiplier = 0.99",
+         ["refuses this: min_noise_multiplier is 1, and the task's noise is 0.99 times what one unit adds",
+          "tasks.tiny.limits.readers"]),
+        ("rounds = 4", "rounds = 120",
+         ["refuses this before its end: tasks.tiny.limits.readers has epsilon 4 at delta 1e-06, and the task needs"]),
+        ("rounds = 4", "rounds = 900", ["tasks.tiny.limits.readers", "tasks.tiny.limits.coordinator",
+                                        "lifetime.readers", "lifetime.coordinator"]),
+    ],
+)  # fmt: skip
+def test_what_devices_refuse_as_they_joined_is_said_with_the_key_of_their_policy(store, directory, old, new, warnings):
+    (directory / "task.toml").write_text(changed(old, new))
+    found = check_task(store, directory / "task.toml", corrupt_devices=2).warnings
+    assert len(found) == len(warnings)
+    assert all(warning in line for warning, line in zip(warnings, found, strict=True))
+    assert all(line.startswith("the policy.toml that a device joins with refuses this") for line in found)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +232,7 @@ def test_what_cannot_be_planned_is_named_with_its_line(store, directory, old, ne
     assert old in text
     (directory / "task.toml").write_text(text.replace(old, new))
     with pytest.raises(ParameterError, match=rf"^task\.toml, {message}"):
-        add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+        add_task(store, directory / "task.toml")
     with store.reading() as t:
         assert t.tasks() == []
 
@@ -166,11 +240,11 @@ def test_what_cannot_be_planned_is_named_with_its_line(store, directory, old, ne
 def test_a_bundle_for_the_other_unit_is_named_with_the_line_of_the_unit(store, directory):
     (directory / "tiny.bundle").write_bytes(tiny.bundle_bytes("device"))
     with pytest.raises(ParameterError, match=r"^task\.toml, line \d+: unit: 'example', and the bundle was built for"):
-        add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+        add_task(store, directory / "task.toml")
 
 
 def test_figures_grow_with_the_rounds_and_end_with_the_plan(store, directory):
-    planned = add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+    planned = add_task(store, directory / "task.toml")
     epsilons = [planned.readers_epsilon(k) for k in range(5)]
     assert epsilons[0] == 0.0
     assert all(a < b for a, b in pairwise(epsilons))
@@ -179,15 +253,15 @@ def test_figures_grow_with_the_rounds_and_end_with_the_plan(store, directory):
 
 
 def test_a_name_serves_one_task(store, directory):
-    add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+    add_task(store, directory / "task.toml")
     with pytest.raises(ParameterError, match="already"):
-        add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+        add_task(store, directory / "task.toml")
 
 
 def test_a_bundle_of_another_publisher_is_refused(store, directory):
     (directory / "task.toml").write_text(SMALL.replace(tiny.PUBLISHER.public_key.hex(), "11" * 32))
     with pytest.raises(PeerError, match=r"line 3: bundle: signed by .*not by the publisher"):
-        add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+        add_task(store, directory / "task.toml")
     with store.reading() as t:
         assert t.tasks() == []
 
@@ -195,13 +269,13 @@ def test_a_bundle_of_another_publisher_is_refused(store, directory):
 def test_a_missing_bundle_is_named_with_its_line(store, directory):
     (directory / "tiny.bundle").unlink()
     with pytest.raises(ParameterError, match=r"line 3: bundle: .*relative to the task file"):
-        add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+        add_task(store, directory / "task.toml")
 
 
 def test_a_plan_that_does_not_hold_is_refused_with_what_would(store, directory):
     (directory / "task.toml").write_text(SMALL.replace("spread = 0.5", "spread = 3"))
     with pytest.raises(ParameterError, match="what would do"):
-        add_task(store, directory / "task.toml", corrupt_devices=2, now_s=1.0)
+        add_task(store, directory / "task.toml")
 
 
 def test_a_damaged_plan_is_the_stores_fault():
@@ -217,13 +291,13 @@ def without_publisher(directory):
 
 def test_a_task_without_a_publisher_takes_the_fleets_and_says_who_signed(directory, store):
     keys = [Identity(b"s" * 32).public_key, tiny.PUBLISHER.public_key]
-    planned = add_task(store, without_publisher(directory), corrupt_devices=2, now_s=1.0, publishers=keys)
+    planned = add_task(store, without_publisher(directory), publishers=keys)
     assert planned.publisher == tiny.PUBLISHER.public_key
 
 
 @pytest.mark.parametrize("publishers", [[], [Identity(b"s" * 32).public_key]])
 def test_a_bundle_that_no_publisher_of_the_fleet_signed_is_refused(publishers, directory, store):
     with pytest.raises(PeerError, match=r"task.toml, line 3: bundle: "):
-        add_task(store, without_publisher(directory), corrupt_devices=2, now_s=1.0, publishers=publishers)
+        add_task(store, without_publisher(directory), publishers=publishers)
     with store.reading() as t:
         assert t.tasks() == []
