@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -98,6 +99,7 @@ def _build(options: argparse.Namespace) -> int:
     unknown = [name for name in back_ends if name not in BACK_ENDS]
     if unknown:
         raise ParameterError(f"there is no back end {unknown[0]!r}: {', '.join(BACK_ENDS)}")
+    _check_out(options.out)
     publisher = _publisher(options.key)
     start = time.perf_counter()
     graphs = [stage for stage in stages(back_ends) if stage not in _STAGES]
@@ -284,23 +286,34 @@ def _kink(kink: Kink) -> str:
 def _model(options: argparse.Namespace) -> int:
     from export.model import inference_onnx, read_shared, state_dict, trained_parameters
 
+    suffix = options.out.suffix
+    if suffix not in (".onnx", ".safetensors", ".pt"):
+        raise ParameterError(f"--out {options.out}: .onnx, .safetensors or .pt")
+    _check_out(options.out)
     bundle = _read(options.bundle, options.publisher)
     parameters = trained_parameters(bundle, read_shared(bundle, options.parameters))
-    suffix = options.out.suffix
     if suffix == ".onnx":
         _write(options.out, inference_onnx(bundle, parameters))
     elif suffix == ".safetensors":
         from safetensors.numpy import save
 
         _write(options.out, save(parameters))
-    elif suffix == ".pt":
+    else:
         import torch
 
-        torch.save(state_dict(parameters), options.out)
-    else:
-        raise ParameterError(f"--out {options.out}: .onnx, .safetensors or .pt")
+        content = io.BytesIO()
+        torch.save(state_dict(parameters), content)
+        _write(options.out, content.getvalue())
     _print(options, {"out": str(options.out), "bytes": options.out.stat().st_size}, str(options.out))
     return 0
+
+
+def _check_out(path: Path) -> None:
+    """Before the work and not after it."""
+    if not path.parent.is_dir():
+        raise ParameterError(f"--out {path}: there is no folder {path.parent}: make it first, or name another")
+    if path.is_dir():
+        raise ParameterError(f"--out {path}: this is a folder: name a file in it")
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -16,6 +16,8 @@ pytest.importorskip("torch")
 from export.__main__ import main
 
 SOURCE = """
+from dataclasses import replace
+
 import torch
 from torch import nn
 from export.graph import TrainingSpec
@@ -35,6 +37,14 @@ def other():
 def normalised():
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
     return TrainingSpec(model, "cross_entropy", [torch.zeros(6)], torch.zeros((), dtype=torch.long))
+
+
+def spoken():
+    return replace(build(), name="My Model")
+
+
+def of_size(width):
+    return TrainingSpec(nn.Linear(width, 3), "cross_entropy", [torch.zeros(width)], torch.zeros((), dtype=torch.long))
 
 
 number = 3
@@ -57,6 +67,7 @@ def built(tmp_path_factory):
     """A folder with a model's source, a key and a bundle."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "tiny.py").write_text(SOURCE)
+    np.save(folder / "zeros.npy", np.zeros(6 * 5 + 5 + 5 * 3 + 3, dtype=np.float32))
     for suffix in ("npy", "safetensors", "f32", "zip"):
         (folder / f"broken.{suffix}").write_bytes(b"PK\3\4x")
     assert edge_export(folder, "key", "--out", "publisher.key").returncode == 0
@@ -216,6 +227,7 @@ def test_a_trained_model_comes_back_as_onnx_and_as_a_state_dict(built):
         (("build", "tiny.py:build", "--key", "none", "--out", "x"), "No such file or directory: none"),
         (("build", "tiny.py:build", "--key", "publisher.key", "--out", "x", "--proximal"), "unit 'device' only"),
         (("build", "tiny.py:build", "--key", "publisher.key", "--out", "x", "--backends", "tpu"), "no back end 'tpu'"),
+        (("build", "tiny.py:of_size", "--key", "publisher.key", "--out", "x"), "is called without arguments"),
         (("check", "tiny.py"), "tiny.py is not a bundle"),
         (("check", "tiny.bundle", "--publisher", "00" * 32), "edge-export: "),
         (("model", "tiny.bundle", "tiny.py", "--out", "x.onnx"), "parameters are read from"),
@@ -232,6 +244,38 @@ def test_what_cannot_be_done_is_said_in_one_line_and_writes_nothing(built, argum
     assert done.returncode == 1
     assert reason in done.stderr
     assert "Traceback" not in done.stderr
+    assert not list(folder.glob("x*"))
+
+
+BUILD = ("build", "tiny.py:build", "--key", "publisher.key")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ("build", "tiny.py:spoken", "--key", "publisher.key", "--out", "x"),
+            "name='My Model': a model's name is 1 to 64 of a-z, 0-9, '.', '_' and '-', and begins with a-z or 0-9",
+        ),
+        ((*BUILD, "--out", "x", "--batch", "100000"), "a batch of 100000: a graph takes 1 to 65536 examples"),
+        ((*BUILD, "--out", "x", "--batch", "0"), "a batch of 0: a graph takes 1 to 65536 examples"),
+        ((*BUILD, "--out", "none/x"), "--out none/x: there is no folder none: make it first, or name another"),
+        ((*BUILD, "--out", "."), "--out .: this is a folder: name a file in it"),
+        (
+            ("model", "tiny.bundle", "zeros.npy", "--out", "none/x.pt"),
+            "--out none/x.pt: there is no folder none: make it first, or name another",
+        ),
+        (("model", "tiny.bundle", "zeros.npy", "--out", "x.tflite"), "--out x.tflite: .onnx, .safetensors or .pt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_does_not_go_is_said_before_the_capture_begins(built, arguments, said):
+    folder, _ = built
+    done = edge_export(folder, *arguments)
+    assert done.returncode == 1
+    *before, last = done.stderr.splitlines()
+    assert last == f"edge-export: {said}"
+    assert set(before) <= {"edge-export: loading the model"}
     assert not list(folder.glob("x*"))
 
 
