@@ -48,7 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument("--publisher", metavar="HEX", help="public key that must have signed (default: any)")
     check.add_argument("--tolerance", type=float, default=None, help="relative to each tensor's norm (1e-5)")
 
-    model = commands.add_parser("model", help="a trained model: plain inference ONNX, or a state dict")
+    model = commands.add_parser(
+        "model",
+        help="a trained model: plain inference ONNX, or a state dict",
+        description="A trained model: plain inference ONNX, or a state dict. The ONNX takes as many rows as the "
+        "bundle's batch; for one row give a bundle that was built from the same source with --batch 1.",
+    )
     model.add_argument("bundle", type=Path, metavar="X.bundle")
     model.add_argument("parameters", type=Path, metavar="PARAMS", help="shared parameters: .npy, .safetensors or .f32")
     model.add_argument("--out", type=Path, required=True, metavar="FILE", help=".onnx, .safetensors or .pt")

@@ -51,6 +51,9 @@ number = 3
 """
 
 
+BUILD = ("build", "tiny.py:build", "--key", "publisher.key")
+
+
 def edge_export(folder, *arguments):
     """The command in this process, for its import of PyTorch takes seconds; one test below starts a real one."""
     out, err = io.StringIO(), io.StringIO()
@@ -214,6 +217,25 @@ def test_a_trained_model_comes_back_as_onnx_and_as_a_state_dict(built):
     assert (folder / "again.onnx").read_bytes() == (folder / "trained.onnx").read_bytes()
 
 
+def test_the_inference_model_takes_the_bundles_batch_and_that_of_a_bundle_built_for_one_row_takes_one(built):
+    import onnxruntime
+
+    folder, said = built
+    np.save(folder / "trained.npy", np.linspace(-1, 1, said["dimension"], dtype=np.float32))
+    done = edge_export(folder, *BUILD, "--out", "one.bundle", "--batch", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = np.linspace(-2, 2, 32 * 6, dtype=np.float32).reshape(32, 6)
+    outputs = {}
+    for name, batch in (("tiny", 32), ("one", 1)):
+        done = edge_export(folder, "model", f"{name}.bundle", "trained.npy", "--out", f"{name}.onnx")
+        assert done.returncode == 0, done.stderr
+        session = onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
+        assert session.get_inputs()[0].shape == [batch, 6]
+        (outputs[name],) = session.run(["output"], {"x": rows[:batch]})
+    np.testing.assert_allclose(outputs["one"], outputs["tiny"][:1], rtol=1e-5, atol=1e-6)
+    assert "takes as many rows as the bundle's batch" in " ".join(edge_export(folder, "model", "--help").stdout.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -245,9 +267,6 @@ def test_what_cannot_be_done_is_said_in_one_line_and_writes_nothing(built, argum
     assert reason in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(folder.glob("x*"))
-
-
-BUILD = ("build", "tiny.py:build", "--key", "publisher.key")
 
 
 @pytest.mark.parametrize(
