@@ -52,10 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "model",
         help="a trained model: plain inference ONNX, or a state dict",
         description="A trained model: plain inference ONNX, or a state dict. The ONNX takes as many rows as the "
-        "bundle's batch; for one row give a bundle that was built from the same source with --batch 1.",
+        "bundle's batch, or any number if MODULE:FUNCTION is given, which the bundle was built from.",
     )
     model.add_argument("bundle", type=Path, metavar="X.bundle")
     model.add_argument("parameters", type=Path, metavar="PARAMS", help="shared parameters: .npy, .safetensors or .f32")
+    model.add_argument("source", nargs="?", metavar="MODULE:FUNCTION", help="with it, an ONNX takes any number of rows")
     model.add_argument("--out", type=Path, required=True, metavar="FILE", help=".onnx, .safetensors or .pt")
     model.add_argument("--publisher", metavar="HEX", help="public key that must have signed (default: any)")
 
@@ -289,7 +290,8 @@ def _kink(kink: Kink) -> str:
 
 
 def _model(options: argparse.Namespace) -> int:
-    from export.model import inference_onnx, read_shared, state_dict, trained_parameters
+    from export.errors import UnsupportedModelError
+    from export.model import any_rows_onnx, inference_onnx, read_shared, state_dict, trained_parameters
 
     suffix = options.out.suffix
     if suffix not in (".onnx", ".safetensors", ".pt"):
@@ -298,7 +300,15 @@ def _model(options: argparse.Namespace) -> int:
     bundle = _read(options.bundle, options.publisher)
     parameters = trained_parameters(bundle, read_shared(bundle, options.parameters))
     if suffix == ".onnx":
-        _write(options.out, inference_onnx(bundle, parameters))
+        content = inference_onnx(bundle, parameters)
+        if options.source:
+            from export.build import load_spec
+
+            try:
+                content = any_rows_onnx(bundle, parameters, load_spec(options.source))
+            except UnsupportedModelError as error:
+                print(f"edge-export: {options.out} takes {bundle.manifest.batch} rows: {error}", file=sys.stderr)
+        _write(options.out, content)
     elif suffix == ".safetensors":
         from safetensors.numpy import save
 
@@ -306,9 +316,9 @@ def _model(options: argparse.Namespace) -> int:
     else:
         import torch
 
-        content = io.BytesIO()
-        torch.save(state_dict(parameters), content)
-        _write(options.out, content.getvalue())
+        saved = io.BytesIO()
+        torch.save(state_dict(parameters), saved)
+        _write(options.out, saved.getvalue())
     _print(options, {"out": str(options.out), "bytes": options.out.stat().st_size}, str(options.out))
     return 0
 

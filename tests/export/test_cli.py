@@ -43,6 +43,23 @@ def spoken():
     return replace(build(), name="My Model")
 
 
+class Fixed(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.reshape(int(x.shape[0]) if x.shape[0] == 1 else 32, 6))
+
+
+def fixed():
+    return replace(other(), model=Fixed(6, 3))
+
+
+def rectified_otherwise():
+    return replace(build(), model=nn.Sequential(nn.Linear(6, 5), nn.Sigmoid(), nn.Linear(5, 3)))
+
+
+def of_rows():
+    return replace(build(), inputs=[torch.zeros(2, 6)])
+
+
 def of_size(width):
     return TrainingSpec(nn.Linear(width, 3), "cross_entropy", [torch.zeros(width)], torch.zeros((), dtype=torch.long))
 
@@ -70,7 +87,7 @@ def built(tmp_path_factory):
     """A folder with a model's source, a key and a bundle."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "tiny.py").write_text(SOURCE)
-    np.save(folder / "zeros.npy", np.zeros(6 * 5 + 5 + 5 * 3 + 3, dtype=np.float32))
+    np.save(folder / "ones.npy", np.ones(6 * 5 + 5 + 5 * 3 + 3, dtype=np.float32))
     for suffix in ("npy", "safetensors", "f32", "zip"):
         (folder / f"broken.{suffix}").write_bytes(b"PK\3\4x")
     assert edge_export(folder, "key", "--out", "publisher.key").returncode == 0
@@ -217,23 +234,40 @@ def test_a_trained_model_comes_back_as_onnx_and_as_a_state_dict(built):
     assert (folder / "again.onnx").read_bytes() == (folder / "trained.onnx").read_bytes()
 
 
-def test_the_inference_model_takes_the_bundles_batch_and_that_of_a_bundle_built_for_one_row_takes_one(built):
+def test_with_its_source_the_inference_model_takes_any_number_of_rows(built):
     import onnxruntime
 
     folder, said = built
     np.save(folder / "trained.npy", np.linspace(-1, 1, said["dimension"], dtype=np.float32))
-    done = edge_export(folder, *BUILD, "--out", "one.bundle", "--batch", "1", "--json")
-    assert done.returncode == 0, done.stderr
-    rows = np.linspace(-2, 2, 32 * 6, dtype=np.float32).reshape(32, 6)
-    outputs = {}
-    for name, batch in (("tiny", 32), ("one", 1)):
-        done = edge_export(folder, "model", f"{name}.bundle", "trained.npy", "--out", f"{name}.onnx")
+    x = np.linspace(-2, 2, 32 * 6, dtype=np.float32).reshape(32, 6)
+
+    def unpacked(*source):
+        done = edge_export(folder, "model", "tiny.bundle", "trained.npy", *source, "--out", "rows.onnx")
         assert done.returncode == 0, done.stderr
-        session = onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
-        assert session.get_inputs()[0].shape == [batch, 6]
-        (outputs[name],) = session.run(["output"], {"x": rows[:batch]})
-    np.testing.assert_allclose(outputs["one"], outputs["tiny"][:1], rtol=1e-5, atol=1e-6)
-    assert "takes as many rows as the bundle's batch" in " ".join(edge_export(folder, "model", "--help").stdout.split())
+        assert done.stderr == ""
+        return onnxruntime.InferenceSession(folder / "rows.onnx", providers=["CPUExecutionProvider"])
+
+    fixed, free = unpacked(), unpacked("tiny.py:build")
+    assert fixed.get_inputs()[0].shape == [32, 6]
+    assert free.get_inputs()[0].shape == ["rows", 6]
+    (expected,) = fixed.run(["output"], {"x": x})
+    for rows in (1, 3):
+        (output,) = free.run(["output"], {"x": x[:rows]})
+        np.testing.assert_allclose(output, expected[:rows], rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_fixes_its_rows_is_unpacked_with_the_bundles_batch_and_that_is_said(built):
+    import onnxruntime
+
+    folder, _ = built
+    done = edge_export(folder, "build", "tiny.py:fixed", "--key", "publisher.key", "--out", "fixed.bundle")
+    assert done.returncode == 0, done.stderr
+    np.save(folder / "fixed.npy", np.ones(21, dtype=np.float32))
+    done = edge_export(folder, "model", "fixed.bundle", "fixed.npy", "tiny.py:fixed", "--out", "fixed.onnx")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("edge-export: fixed.onnx takes 32 rows: the model fixes the number of rows: ")
+    session = onnxruntime.InferenceSession(folder / "fixed.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == [32, 6]
 
 
 @pytest.mark.parametrize(
@@ -252,6 +286,9 @@ def test_the_inference_model_takes_the_bundles_batch_and_that_of_a_bundle_built_
         (("build", "tiny.py:of_size", "--key", "publisher.key", "--out", "x"), "is called without arguments"),
         (("check", "tiny.py"), "tiny.py is not a bundle"),
         (("check", "tiny.bundle", "--publisher", "00" * 32), "edge-export: "),
+        (("model", "tiny.bundle", "ones.npy", "tiny.py:other", "--out", "x.onnx"), "its parameters are others"),
+        (("model", "tiny.bundle", "ones.npy", "tiny.py:of_rows", "--out", "x.onnx"), "its inputs are others"),
+        (("model", "tiny.bundle", "ones.npy", "tiny.py:rectified_otherwise", "--out", "x.onnx"), "outputs are others"),
         (("model", "tiny.bundle", "tiny.py", "--out", "x.onnx"), "parameters are read from"),
         (("model", "tiny.bundle", "broken.npy", "--out", "x.onnx"), "broken.npy is not a .npy file"),
         (("model", "tiny.bundle", "broken.safetensors", "--out", "x.onnx"), "is not a safetensors file"),
@@ -281,10 +318,10 @@ def test_what_cannot_be_done_is_said_in_one_line_and_writes_nothing(built, argum
         ((*BUILD, "--out", "none/x"), "--out none/x: there is no folder none: make it first, or name another"),
         ((*BUILD, "--out", "."), "--out .: this is a folder: name a file in it"),
         (
-            ("model", "tiny.bundle", "zeros.npy", "--out", "none/x.pt"),
+            ("model", "tiny.bundle", "ones.npy", "--out", "none/x.pt"),
             "--out none/x.pt: there is no folder none: make it first, or name another",
         ),
-        (("model", "tiny.bundle", "zeros.npy", "--out", "x.tflite"), "--out x.tflite: .onnx, .safetensors or .pt"),
+        (("model", "tiny.bundle", "ones.npy", "--out", "x.tflite"), "--out x.tflite: .onnx, .safetensors or .pt"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
