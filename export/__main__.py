@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -47,9 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument("--publisher", metavar="HEX", help="public key that must have signed (default: any)")
     check.add_argument("--tolerance", type=float, default=None, help="relative to each tensor's norm (1e-5)")
 
-    model = commands.add_parser("model", help="a trained model: plain inference ONNX, or a state dict")
+    model = commands.add_parser(
+        "model",
+        help="a trained model: plain inference ONNX, or a state dict",
+        description="A trained model: plain inference ONNX, or a state dict. The ONNX takes as many rows as the "
+        "bundle's batch, or any number if MODULE:FUNCTION is given, which the bundle was built from.",
+    )
     model.add_argument("bundle", type=Path, metavar="X.bundle")
     model.add_argument("parameters", type=Path, metavar="PARAMS", help="shared parameters: .npy, .safetensors or .f32")
+    model.add_argument("source", nargs="?", metavar="MODULE:FUNCTION", help="with it, an ONNX takes any number of rows")
     model.add_argument("--out", type=Path, required=True, metavar="FILE", help=".onnx, .safetensors or .pt")
     model.add_argument("--publisher", metavar="HEX", help="public key that must have signed (default: any)")
 
@@ -98,6 +105,7 @@ def _build(options: argparse.Namespace) -> int:
     unknown = [name for name in back_ends if name not in BACK_ENDS]
     if unknown:
         raise ParameterError(f"there is no back end {unknown[0]!r}: {', '.join(BACK_ENDS)}")
+    _check_out(options.out)
     publisher = _publisher(options.key)
     start = time.perf_counter()
     graphs = [stage for stage in stages(back_ends) if stage not in _STAGES]
@@ -282,25 +290,45 @@ def _kink(kink: Kink) -> str:
 
 
 def _model(options: argparse.Namespace) -> int:
-    from export.model import inference_onnx, read_shared, state_dict, trained_parameters
+    from export.errors import UnsupportedModelError
+    from export.model import any_rows_onnx, inference_onnx, read_shared, state_dict, trained_parameters
 
+    suffix = options.out.suffix
+    if suffix not in (".onnx", ".safetensors", ".pt"):
+        raise ParameterError(f"--out {options.out}: .onnx, .safetensors or .pt")
+    _check_out(options.out)
     bundle = _read(options.bundle, options.publisher)
     parameters = trained_parameters(bundle, read_shared(bundle, options.parameters))
-    suffix = options.out.suffix
     if suffix == ".onnx":
-        _write(options.out, inference_onnx(bundle, parameters))
+        content = inference_onnx(bundle, parameters)
+        if options.source:
+            from export.build import load_spec
+
+            try:
+                content = any_rows_onnx(bundle, parameters, load_spec(options.source))
+            except UnsupportedModelError as error:
+                print(f"edge-export: {options.out} takes {bundle.manifest.batch} rows: {error}", file=sys.stderr)
+        _write(options.out, content)
     elif suffix == ".safetensors":
         from safetensors.numpy import save
 
         _write(options.out, save(parameters))
-    elif suffix == ".pt":
+    else:
         import torch
 
-        torch.save(state_dict(parameters), options.out)
-    else:
-        raise ParameterError(f"--out {options.out}: .onnx, .safetensors or .pt")
+        saved = io.BytesIO()
+        torch.save(state_dict(parameters), saved)
+        _write(options.out, saved.getvalue())
     _print(options, {"out": str(options.out), "bytes": options.out.stat().st_size}, str(options.out))
     return 0
+
+
+def _check_out(path: Path) -> None:
+    """Before the work and not after it."""
+    if not path.parent.is_dir():
+        raise ParameterError(f"--out {path}: there is no folder {path.parent}: make it first, or name another")
+    if path.is_dir():
+        raise ParameterError(f"--out {path}: this is a folder: name a file in it")
 
 
 def _write(path: Path, content: bytes) -> None:

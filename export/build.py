@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import io
 import platform
 import sys
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import torch
 
 from edge_sdk.bundle import (
@@ -22,6 +24,7 @@ from edge_sdk.bundle import (
     TRAIN_ONNX,
     TRAIN_PTE,
     Manifest,
+    Name,
     Options,
     Tensor,
     parameter_table,
@@ -44,6 +47,8 @@ _DTYPES = {
 }
 
 
+LARGEST_BATCH = 1 << 16
+"""That a manifest allows (docs/bundle.md section 2)."""
 LARGEST_COVERED_BATCH = 40
 """Up to it the worst case of float32's rounding of everybody else's part of the sum is within what the device's
 sensitivity analysis leaves for it, but for draws of a probability below 1e-20 (docs/training-graph.md section 5)."""
@@ -90,6 +95,14 @@ def load_spec(reference: str) -> TrainingSpec:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ParameterError(f"{module_name} has no function {function_name}")
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise ParameterError(
+            f"{reference} is called without arguments, but: {error}. Give it a default, or name a function without it"
+        ) from error
+    except ValueError:
+        pass  # written in C, without a signature
     spec = function()
     if not isinstance(spec, TrainingSpec):
         raise ParameterError(f"{reference} returned {type(spec).__name__}, not an export.graph.TrainingSpec")
@@ -113,6 +126,14 @@ def build(
     is told each of `stages(back_ends)` as it begins.
     Raises UnsupportedModelError that names a layer and a remedy, ParameterError on options that do not go together.
     """
+    try:
+        msgspec.convert(spec.name, Name)
+    except msgspec.ValidationError as error:
+        raise ParameterError(
+            f"name={spec.name!r}: a model's name is 1 to 64 of a-z, 0-9, '.', '_' and '-', and begins with a-z or 0-9"
+        ) from error
+    if not 1 <= batch <= LARGEST_BATCH:
+        raise ParameterError(f"a batch of {batch}: a graph takes 1 to {LARGEST_BATCH} examples")
     if proximal and unit != "device":
         raise ParameterError("the proximal term belongs to local steps: unit 'device' only")
     progress("capture")

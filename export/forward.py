@@ -8,6 +8,7 @@ run, is refused here, while the graph still says what the user wrote.
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,33 @@ class Forward:
     written: Hashable
 
 
+def check_inputs(model: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """Run `model` once as it is, for what torch.export says of inputs that do not fit is long and names another cause.
+
+    inputs: (B, ...); integers are taken as 0, because an example's values do not matter and may lie outside of a table.
+    Raises UnsupportedModelError that names the layer which does not take them.
+    """
+    tried = copy.deepcopy(model)  # a layer may count the batches that it has seen
+    entered: list[str] = []
+    with warnings.catch_warnings(), _watched(tried, entered), torch.random.fork_rng(devices=()):
+        warnings.simplefilter("ignore")  # whatever matters comes again in the capture
+        try:
+            tried(*(x if x.is_floating_point() else torch.zeros_like(x) for x in inputs))
+        except Exception as error:  # the user's code may raise anything
+            given = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
+            raise UnsupportedModelError(
+                f"{entered[-1] if entered else 'the model'}: the model does not take these inputs, {given}: "
+                f"{first_line(error)}. They are the spec's `inputs`, one for each argument of forward, with a batch "
+                "axis before their own."
+            ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without PyTorch's advice to its developers and without a last full stop."""
+    said = str(error).strip()
+    return said.splitlines()[0].removesuffix(".") if said else type(error).__name__
+
+
 def capture_forward(model: nn.Module, inputs: Sequence[Tensor], known: Forward | None = None) -> Forward:
     """`model` on a batch: inputs (B, ...).
 
@@ -53,11 +81,10 @@ def capture_forward(model: nn.Module, inputs: Sequence[Tensor], known: Forward |
         try:
             program = torch.export.export(model, tuple(inputs))
         except Exception as error:  # torch.export has no base class for what it refuses
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UnsupportedModelError(
                 f"{entered[-1] if entered else 'the model'}: the forward pass cannot be captured as one graph: "
-                f"{first}. Control flow that depends on the data cannot be trained on a device: use torch.where, or "
-                "fixed loops."
+                f"{first_line(error)}. Control flow that depends on the data cannot be trained on a device: use "
+                "torch.where, or fixed loops."
             ) from error
         for node in program.graph.nodes:
             _refuse(node)

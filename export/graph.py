@@ -26,7 +26,7 @@ import export.layers.resampling
 import export.layers.sequence  # noqa: F401  (the handlers register themselves)
 from export.decompositions import DECOMPOSITIONS, simplify
 from export.errors import UnsupportedModelError
-from export.forward import aliases, capture_forward
+from export.forward import aliases, capture_forward, check_inputs, first_line
 from export.layers.probe import Draws, probe
 from export.layers.recorder import (
     INJECTIVE_VIEWS,
@@ -128,6 +128,7 @@ class _Builder:
         self.spec, self.unit, self.batch, self.proximal = spec, unit, batch, proximal
         self.loss: Loss = resolve_loss(spec.loss)
         self.vocabulary = spec.vocabulary or _smallest_table(spec.model)
+        _check_examples(spec.inputs, spec.label)
         self.inputs = [x.detach().unsqueeze(0).expand(batch, *x.shape).contiguous() for x in spec.inputs]
         self.label = spec.label.detach().unsqueeze(0).expand(batch, *spec.label.shape).contiguous()
         for tensor in self.inputs:
@@ -139,6 +140,7 @@ class _Builder:
         self.trainable = [p for p in self.parameters if p.role in ("shared", "local")]
         if not any(p.role == "shared" for p in self.trainable):
             raise UnsupportedModelError("no parameter is shared: there is nothing to aggregate")
+        check_inputs(spec.model, self.inputs)
         self.forward = forward = capture_forward(spec.model, self.inputs)
         self.placeholder_of, self.constants = forward.placeholder_of, forward.constants
         self.example_nodes = list(forward.examples)
@@ -216,11 +218,21 @@ class _Builder:
                 )
 
     def _losses(self, output: Tensor, label: Tensor) -> Tensor:
-        losses = self.loss.per_example(output, label)
-        if losses.shape != (self.batch,) or not losses.is_floating_point():
+        try:
+            losses = self.loss.per_example(output, label)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # the user's code may raise anything
             raise UnsupportedModelError(
-                f"the loss gives {tuple(losses.shape)} {losses.dtype} for a batch of {self.batch}: it must give one "
-                "float for each example; do not reduce over the batch (PyTorch's losses: reduction='none')"
+                f"the loss ({self.loss.name}) fails for an output of {tuple(output.shape)} {output.dtype} and labels "
+                f"of {tuple(label.shape)} {label.dtype}: {first_line(error)}. It is called with (output, y) of a batch "
+                "and must give one float for each example."
+            ) from error
+        if not isinstance(losses, Tensor) or losses.shape != (self.batch,) or not losses.is_floating_point():
+            given = f"{tuple(losses.shape)} {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise UnsupportedModelError(
+                f"the loss gives {given} for a batch of {self.batch}: it must give one float for each example; do not "
+                "reduce over the batch (PyTorch's losses: reduction='none')"
             )
         return losses
 
@@ -461,6 +473,14 @@ class _Builder:
         return Dense(g.detach())
 
 
+def _check_examples(inputs: Any, label: Any) -> None:
+    if isinstance(inputs, Tensor):
+        raise UnsupportedModelError("inputs is one tensor: give a list, with one for each argument of forward")
+    for what, example in (*(("an input", x) for x in inputs), ("a label", label)):
+        if not isinstance(example, Tensor):
+            raise UnsupportedModelError(f"{what} that is {type(example).__name__}: give it as a tensor")
+
+
 def _parameters(spec: TrainingSpec) -> list[Parameter]:
     def matches(name: str, patterns: Sequence[str]) -> bool:
         return any(name == p or name.startswith(p.rstrip(".") + ".") for p in patterns)
@@ -476,6 +496,12 @@ def _parameters(spec: TrainingSpec) -> list[Parameter]:
     for name, buffer in spec.model.named_buffers():
         if name in kept:
             found.append(Parameter(name, "buffer", buffer.detach().clone()))
+    for p in found:
+        if not p.value.isfinite().all():
+            remedy = ", or register it with persistent=False, as a constant" if p.role == "buffer" else ""
+            raise UnsupportedModelError(
+                f"{p.name} holds NaN or infinity before any training: initialise it with finite values{remedy}"
+            )
     names = aliases(spec.model)
     known = [p.name for p in found] + [name for name, first in names.items() if name != first]
     for name, first in names.items():

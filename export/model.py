@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from edge_sdk.errors import ParameterError
 
 if TYPE_CHECKING:
     import torch
+
+    from export.graph import TrainingSpec
 
 F32 = NDArray[np.float32]
 
@@ -75,6 +78,40 @@ def inference_onnx(bundle: Bundle, parameters: Mapping[str, F32]) -> bytes:
     model.graph.input.extend(kept)
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString(deterministic=True)
+
+
+def any_rows_onnx(bundle: Bundle, parameters: Mapping[str, F32], spec: TrainingSpec) -> bytes:
+    """As `inference_onnx`, for any number of rows; from `spec`, because the bundle's graph has its batch everywhere.
+
+    Raises ParameterError if the bundle was not built from `spec`, UnsupportedModelError if its model fixes the batch.
+    """
+    import onnxruntime
+
+    from export.to_onnx import rows_to_onnx
+
+    model = copy.deepcopy(spec.model).eval()
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if any(shapes.get(name) != value.shape for name, value in parameters.items()):
+        raise ParameterError("the bundle was not built from this source: its parameters are others")
+    inputs = bundle.manifest.inputs
+    if [(tuple(x.shape), str(x.dtype)) for x in spec.inputs] != [(t.shape, f"torch.{t.dtype}") for t in inputs]:
+        raise ParameterError("the bundle was not built from this source: its inputs are others")
+    model.load_state_dict(state_dict(parameters), strict=False)
+    content = rows_to_onnx(model, spec.inputs, [tensor.name for tensor in inputs])
+    generator = np.random.default_rng(0)  # noqa: TID251  (for a comparison: nothing secret)
+    feed: dict[str, NDArray[np.generic]] = {}
+    for tensor in inputs:
+        below = 1 if tensor.dtype == "float32" else tensor.below or 2
+        feed[tensor.name] = generator.uniform(0, below, (bundle.manifest.batch, *tensor.shape)).astype(tensor.dtype)
+    sessions = [
+        onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+        for graph in (inference_onnx(bundle, parameters), content)
+    ]
+    (expected,), (found,) = (session.run(["output"], feed) for session in sessions)
+    close = 1e-3 * float(np.nan_to_num(np.abs(expected), posinf=0.0).max())
+    if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-3, atol=close, equal_nan=True):
+        raise ParameterError("the bundle was not built from this source: its outputs are others")
+    return content
 
 
 def state_dict(parameters: Mapping[str, F32]) -> dict[str, torch.Tensor]:

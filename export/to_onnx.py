@@ -15,9 +15,10 @@ import torch
 from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules import common
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from export.errors import NoOnnxFormError, UnsupportedModelError
+from export.forward import first_line
 from export.graph import CapturedStep
 from export.losses import LOSSES
 from export.origin import Lacking, lacking_layers, lacking_loss
@@ -53,6 +54,33 @@ def train_to_onnx(step: CapturedStep) -> bytes:
         raise UnsupportedModelError("; ".join(_blame(step)) or str(error)) from error
 
 
+def rows_to_onnx(model: nn.Module, inputs: Sequence[Tensor], input_names: Sequence[str]) -> bytes:
+    """A serialised ModelProto of `model` as it is, weights inside: any number of rows to `output`, the first output.
+
+    inputs: one example each, without the batch axis.  Raises UnsupportedModelError where the rows' number is fixed.
+    """
+    two = tuple(x.unsqueeze(0).expand(2, *x.shape).contiguous() for x in inputs)
+    rows = torch.export.Dim("rows", min=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(model, two, dynamic_shapes=tuple({0: rows} for _ in two))
+        except Exception as error:  # torch.export has no base class for what it refuses
+            raise UnsupportedModelError(f"the model fixes the number of rows: {first_line(error)}") from error
+    converted = _convert_program(program, input_names, ["output"])
+    del converted.model.graph.outputs[1:]
+    _optimise(converted.model)
+    proto: onnx.ModelProto = converted.model_proto
+    _strip(proto)
+    for value in (*proto.graph.input, *proto.graph.output):
+        first = value.type.tensor_type.shape.dim[0]
+        if not first.dim_param:
+            raise UnsupportedModelError(f"the model fixes the number of rows: {value.name} has {first.dim_value}")
+        first.dim_param = "rows"
+    onnx.checker.check_model(proto, full_check=True)
+    return proto.SerializeToString(deterministic=True)
+
+
 def _blame(step: CapturedStep) -> Iterator[str]:
     for layer, lacking in lacking_layers(step.recorder, _try).items():
         remedy = ", or freeze all layers before it, so that no gradient has to pass" if lacking.in_gradient else ""
@@ -79,7 +107,12 @@ def _try(graph: fx.GraphModule, example: Sequence[Tensor]) -> None:
 def _convert(
     graph: fx.GraphModule, example: Sequence[Tensor], input_names: Sequence[str], output_names: Sequence[str]
 ) -> Any:
-    program = torch.export.export(graph, tuple(example))
+    return _convert_program(torch.export.export(graph, tuple(example)), input_names, output_names)
+
+
+def _convert_program(
+    program: torch.export.ExportedProgram, input_names: Sequence[str], output_names: Sequence[str]
+) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logger = logging.getLogger("torch.onnx")

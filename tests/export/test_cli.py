@@ -16,6 +16,8 @@ pytest.importorskip("torch")
 from export.__main__ import main
 
 SOURCE = """
+from dataclasses import replace
+
 import torch
 from torch import nn
 from export.graph import TrainingSpec
@@ -37,8 +39,36 @@ def normalised():
     return TrainingSpec(model, "cross_entropy", [torch.zeros(6)], torch.zeros((), dtype=torch.long))
 
 
+def spoken():
+    return replace(build(), name="My Model")
+
+
+class Fixed(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.reshape(int(x.shape[0]) if x.shape[0] == 1 else 32, 6))
+
+
+def fixed():
+    return replace(other(), model=Fixed(6, 3))
+
+
+def rectified_otherwise():
+    return replace(build(), model=nn.Sequential(nn.Linear(6, 5), nn.Sigmoid(), nn.Linear(5, 3)))
+
+
+def of_rows():
+    return replace(build(), inputs=[torch.zeros(2, 6)])
+
+
+def of_size(width):
+    return TrainingSpec(nn.Linear(width, 3), "cross_entropy", [torch.zeros(width)], torch.zeros((), dtype=torch.long))
+
+
 number = 3
 """
+
+
+BUILD = ("build", "tiny.py:build", "--key", "publisher.key")
 
 
 def edge_export(folder, *arguments):
@@ -57,6 +87,7 @@ def built(tmp_path_factory):
     """A folder with a model's source, a key and a bundle."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "tiny.py").write_text(SOURCE)
+    np.save(folder / "ones.npy", np.ones(6 * 5 + 5 + 5 * 3 + 3, dtype=np.float32))
     for suffix in ("npy", "safetensors", "f32", "zip"):
         (folder / f"broken.{suffix}").write_bytes(b"PK\3\4x")
     assert edge_export(folder, "key", "--out", "publisher.key").returncode == 0
@@ -203,6 +234,42 @@ def test_a_trained_model_comes_back_as_onnx_and_as_a_state_dict(built):
     assert (folder / "again.onnx").read_bytes() == (folder / "trained.onnx").read_bytes()
 
 
+def test_with_its_source_the_inference_model_takes_any_number_of_rows(built):
+    import onnxruntime
+
+    folder, said = built
+    np.save(folder / "trained.npy", np.linspace(-1, 1, said["dimension"], dtype=np.float32))
+    x = np.linspace(-2, 2, 32 * 6, dtype=np.float32).reshape(32, 6)
+
+    def unpacked(*source):
+        done = edge_export(folder, "model", "tiny.bundle", "trained.npy", *source, "--out", "rows.onnx")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        return onnxruntime.InferenceSession(folder / "rows.onnx", providers=["CPUExecutionProvider"])
+
+    fixed, free = unpacked(), unpacked("tiny.py:build")
+    assert fixed.get_inputs()[0].shape == [32, 6]
+    assert free.get_inputs()[0].shape == ["rows", 6]
+    (expected,) = fixed.run(["output"], {"x": x})
+    for rows in (1, 3):
+        (output,) = free.run(["output"], {"x": x[:rows]})
+        np.testing.assert_allclose(output, expected[:rows], rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_fixes_its_rows_is_unpacked_with_the_bundles_batch_and_that_is_said(built):
+    import onnxruntime
+
+    folder, _ = built
+    done = edge_export(folder, "build", "tiny.py:fixed", "--key", "publisher.key", "--out", "fixed.bundle")
+    assert done.returncode == 0, done.stderr
+    np.save(folder / "fixed.npy", np.ones(21, dtype=np.float32))
+    done = edge_export(folder, "model", "fixed.bundle", "fixed.npy", "tiny.py:fixed", "--out", "fixed.onnx")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("edge-export: fixed.onnx takes 32 rows: the model fixes the number of rows: ")
+    session = onnxruntime.InferenceSession(folder / "fixed.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == [32, 6]
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -216,8 +283,12 @@ def test_a_trained_model_comes_back_as_onnx_and_as_a_state_dict(built):
         (("build", "tiny.py:build", "--key", "none", "--out", "x"), "No such file or directory: none"),
         (("build", "tiny.py:build", "--key", "publisher.key", "--out", "x", "--proximal"), "unit 'device' only"),
         (("build", "tiny.py:build", "--key", "publisher.key", "--out", "x", "--backends", "tpu"), "no back end 'tpu'"),
+        (("build", "tiny.py:of_size", "--key", "publisher.key", "--out", "x"), "is called without arguments"),
         (("check", "tiny.py"), "tiny.py is not a bundle"),
         (("check", "tiny.bundle", "--publisher", "00" * 32), "edge-export: "),
+        (("model", "tiny.bundle", "ones.npy", "tiny.py:other", "--out", "x.onnx"), "its parameters are others"),
+        (("model", "tiny.bundle", "ones.npy", "tiny.py:of_rows", "--out", "x.onnx"), "its inputs are others"),
+        (("model", "tiny.bundle", "ones.npy", "tiny.py:rectified_otherwise", "--out", "x.onnx"), "outputs are others"),
         (("model", "tiny.bundle", "tiny.py", "--out", "x.onnx"), "parameters are read from"),
         (("model", "tiny.bundle", "broken.npy", "--out", "x.onnx"), "broken.npy is not a .npy file"),
         (("model", "tiny.bundle", "broken.safetensors", "--out", "x.onnx"), "is not a safetensors file"),
@@ -232,6 +303,35 @@ def test_what_cannot_be_done_is_said_in_one_line_and_writes_nothing(built, argum
     assert done.returncode == 1
     assert reason in done.stderr
     assert "Traceback" not in done.stderr
+    assert not list(folder.glob("x*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ("build", "tiny.py:spoken", "--key", "publisher.key", "--out", "x"),
+            "name='My Model': a model's name is 1 to 64 of a-z, 0-9, '.', '_' and '-', and begins with a-z or 0-9",
+        ),
+        ((*BUILD, "--out", "x", "--batch", "100000"), "a batch of 100000: a graph takes 1 to 65536 examples"),
+        ((*BUILD, "--out", "x", "--batch", "0"), "a batch of 0: a graph takes 1 to 65536 examples"),
+        ((*BUILD, "--out", "none/x"), "--out none/x: there is no folder none: make it first, or name another"),
+        ((*BUILD, "--out", "."), "--out .: this is a folder: name a file in it"),
+        (
+            ("model", "tiny.bundle", "ones.npy", "--out", "none/x.pt"),
+            "--out none/x.pt: there is no folder none: make it first, or name another",
+        ),
+        (("model", "tiny.bundle", "ones.npy", "--out", "x.tflite"), "--out x.tflite: .onnx, .safetensors or .pt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_does_not_go_is_said_before_the_capture_begins(built, arguments, said):
+    folder, _ = built
+    done = edge_export(folder, *arguments)
+    assert done.returncode == 1
+    *before, last = done.stderr.splitlines()
+    assert last == f"edge-export: {said}"
+    assert set(before) <= {"edge-export: loading the model"}
     assert not list(folder.glob("x*"))
 
 

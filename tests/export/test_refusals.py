@@ -277,6 +277,83 @@ def test_inputs_and_labels_of_another_dtype(dtype: torch.dtype) -> None:
     assert f"a label of {dtype}" in refusal(nn.Linear(5, 3), y=torch.zeros((), dtype=dtype))
 
 
+def test_examples_that_are_no_tensors() -> None:
+    assert "a label that is float: give it as a tensor" in refusal(nn.Linear(5, 3), y=1.0)  # type: ignore[arg-type]
+    assert "an input that is list: give it as a tensor" in refusal(nn.Linear(5, 3), [0.0] * 5)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModelError, match="inputs is one tensor: give a list, with one for each argument"):
+        capture(TrainingSpec(nn.Linear(5, 3), "cross_entropy", VECTOR, CLASS), "example", 4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("x", "said"),
+    [
+        (
+            torch.zeros(4),
+            "1 (Linear): the model does not take these inputs, (4, 4) torch.float32: mat1 and mat2 shapes cannot be "
+            "multiplied (4x4 and 5x3)",
+        ),
+        (
+            torch.zeros(5, dtype=torch.long),
+            "1 (Linear): the model does not take these inputs, (4, 5) torch.int64: mat1 and mat2 must have the same "
+            "dtype, but got Long and Float",
+        ),
+    ],
+)
+def test_inputs_that_the_model_does_not_take(x: Tensor, said: str, capfd: pytest.CaptureFixture[str]) -> None:
+    message = refusal(nn.Sequential(nn.Identity(), nn.Linear(5, 3)), x)
+    assert message.startswith(said + ". They are the spec's `inputs`, one for each argument of forward, with a batch ")
+    assert "torch.where" not in message
+    assert capfd.readouterr() == ("", "")
+
+
+def test_more_inputs_than_forward_has_arguments() -> None:
+    with pytest.raises(UnsupportedModelError, match=re.escape("these inputs, (4, 5) torch.float32, (4, 5) torch.fl")):
+        capture(TrainingSpec(nn.Linear(5, 3), "cross_entropy", [VECTOR, VECTOR], CLASS), "example", 4)
+
+
+def test_the_trial_of_the_inputs_leaves_the_model_and_the_random_numbers_as_they_were() -> None:
+    model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), nn.Dropout())
+    state = torch.random.get_rng_state()
+    with pytest.raises(UnsupportedModelError, match="BatchNorm in training mode"):
+        capture(TrainingSpec(model, "cross_entropy", [VECTOR], CLASS), "example", 4)
+    assert model[1].num_batches_tracked == 0
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_of_the_model_that_are_not_finite(value: float) -> None:
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 3))
+    with torch.no_grad():
+        model[1].weight[2, 0] = value
+    assert "1.weight holds NaN or infinity before any training: initialise" in refusal(model)
+    model = nn.Sequential(nn.Linear(5, 3))
+    model.register_buffer("scale", torch.tensor(value))
+    assert "scale holds NaN or infinity" in refusal(model)
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (lambda o: o, "takes 1 positional argument but 2 were given"),
+        (lambda o, y, w: o, "missing 1 required positional argument: 'w'"),
+        (lambda o, y: (o - y).sum(1), "The size of tensor a (3) must match the size of tensor b (4)"),
+    ],
+    ids=["too few", "too many", "shapes"],
+)
+def test_a_loss_that_does_not_take_the_output_and_the_labels(loss: Callable[..., Tensor], said: str) -> None:
+    message = refusal(nn.Linear(5, 3), loss=loss)
+    assert message.startswith(
+        "the loss (<lambda>) fails for an output of (4, 3) torch.float32 and labels of (4,) torch.i"
+    )
+    assert said in message
+    assert "called with (output, y)" in message
+
+
+def test_a_loss_that_gives_no_tensor() -> None:
+    message = refusal(nn.Linear(5, 3), loss=lambda o, y: 0.5)
+    assert "the loss gives float for a batch of 4: it must give one float for each example" in message
+
+
 def test_nothing_to_aggregate() -> None:
     assert "nothing to aggregate" in refusal(nn.Linear(5, 3), frozen=("weight", "bias"))
     assert "nothing to aggregate" in refusal(nn.Linear(5, 3), local=("weight", "bias"))

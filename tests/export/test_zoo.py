@@ -6,6 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
 
 from oracle import (  # noqa: E402
     Batch,
@@ -20,6 +21,7 @@ from zoo import MODELS, SIZE, ZOO, captured, lowered, spec_of  # noqa: E402
 
 from edge_sdk.onnx_graph import inspect  # noqa: E402
 from export.graph import capture  # noqa: E402
+from export.to_onnx import rows_to_onnx  # noqa: E402
 
 each_model = pytest.mark.parametrize("name", ZOO)
 
@@ -91,6 +93,23 @@ def test_a_device_would_run_the_graph(name: str) -> None:
     assert tuple(value.name for value in summary.inputs) == step.train_inputs
     assert tuple(value.name for value in summary.outputs) == step.train_outputs
     assert len(model) < 2_000_000
+
+
+@each_model
+def test_for_inference_a_model_takes_any_number_of_rows(name: str) -> None:
+    spec = spec_of(name)
+    model = spec.model.eval()
+    names = [f"x{i}" for i in range(len(spec.inputs))]
+    session = onnxruntime.InferenceSession(rows_to_onnx(model, spec.inputs, names), providers=["CPUExecutionProvider"])
+    torch.manual_seed(0)
+    for rows in (1, 3):
+        shapes = [(rows, *x.shape) for x in spec.inputs]
+        inputs = [
+            torch.randn(shape) if x.is_floating_point() else torch.randint(0, 9, shape)
+            for x, shape in zip(spec.inputs, shapes, strict=True)
+        ]
+        (output,) = session.run(["output"], {n: x.numpy() for n, x in zip(names, inputs, strict=True)})
+        torch.testing.assert_close(torch.from_numpy(output), model(*inputs).detach(), rtol=1e-4, atol=1e-5)
 
 
 @each_model
