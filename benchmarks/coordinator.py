@@ -55,6 +55,7 @@ from coordinator.ca import CertificateAuthority
 from coordinator.optimizer import pack_memory
 from coordinator.rows import EpochRow, ModelRow, TaskRow
 from coordinator.server import UPLOAD_MEMORY, Server
+from coordinator.serving import grantable
 from coordinator.store import Store
 from coordinator.task import Planned, Task
 from edge_sdk.crypto.hashing import derive_key
@@ -335,7 +336,8 @@ def measure_server(directory: Path, kind: Kind) -> None:
 
     with linked(directory, kind, QUEUE_BYTES) as hub:
         counting = Counting(hub)
-        server = serve(directory, counting, on_event=count)
+        memory = grantable(UPLOAD_MEMORY, kind)
+        server = serve(directory, counting, on_event=count, upload_memory=memory)
         begun = time.perf_counter()
         server.run(lambda: taken >= n or time.perf_counter() - begun > TIME_LIMIT_S)
         if taken < n:

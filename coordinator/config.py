@@ -177,7 +177,8 @@ group_counts = [1]
 epoch_days = 30.0
 
 [limits]
-# For uploads on their way; more wait. The broker may hold as much, and 16 MB, for the coordinator.
+# For uploads on their way; more wait. The broker may hold as much, and 16 MB, for the coordinator; amqtt, which is in
+# the same process, holds half of it.
 upload_memory_mb = 32
 # Devices renew by themselves after two thirds.
 certificate_days = 365

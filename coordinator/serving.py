@@ -43,6 +43,15 @@ SERVING = "serving"
 """A file that the serving process holds a lock on, and writes its process id into."""
 
 
+def grantable(upload_memory: int, broker: str) -> int:
+    """Of the memory for uploads, what may be granted at a time: a broker inside this process holds each upload, too,
+    until it is read.
+
+    broker: its name.
+    """
+    return upload_memory // 2 if broker == "amqtt" else upload_memory
+
+
 @dataclass(frozen=True)
 class Directory:
     """An initialised directory, opened: its configuration and the keys that lie in it."""
@@ -220,7 +229,7 @@ class Service:
                 authority,
                 clock=time.time,
                 entropy=os.urandom,
-                upload_memory=upload_memory,
+                upload_memory=grantable(upload_memory, self.broker.name),
                 on_event=on_event,
                 keep_out=self.broker.silence,
             )

@@ -17,7 +17,7 @@ from coordinator.__main__ import main
 from coordinator.commands import serving
 from coordinator.commands.output import print_result
 from coordinator.rounds import Spent
-from coordinator.serving import Service
+from coordinator.serving import Service, grantable
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = events.ModelPublished(
@@ -152,3 +152,7 @@ def test_an_interrupted_command_is_told_in_a_line(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr("coordinator.commands.fleet.status", interrupted)
     assert main(["status", "--dir", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "edge-coordinator: interrupted\n"
+
+
+def test_a_broker_in_the_same_process_holds_uploads_too():
+    assert [grantable(32, name) for name in ("mosquitto", "external", "amqtt")] == [32, 32, 16]
