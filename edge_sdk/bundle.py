@@ -36,6 +36,9 @@ MAX_PARAMETERS = 4096
 MAX_ELEMENTS = 1 << 27
 """Of all parameters together, and of any one batch: 512 MiB as float32."""
 
+MAX_BATCH = 1 << 16
+"""Examples that one run of a graph takes."""
+
 LABEL = "bundle"
 MANIFEST, SIGNATURE, PARAMETERS = "manifest.json", "manifest.sig", "parameters.safetensors"
 TRAIN_ONNX, PREDICT_ONNX, TRAIN_PTE, PREDICT_PTE = "train.onnx", "predict.onnx", "train.pte", "predict.pte"
@@ -114,7 +117,7 @@ class Manifest(_Part, frozen=True):
     schema: Literal[1]
     name: Name
     unit: Literal["device", "example"]
-    batch: Annotated[int, Meta(ge=1, le=1 << 16)]
+    batch: Annotated[int, Meta(ge=1, le=MAX_BATCH)]
     options: Options
     parameters: Annotated[tuple[Parameter, ...], Meta(min_length=1, max_length=MAX_PARAMETERS)]
     inputs: Annotated[tuple[Tensor, ...], Meta(min_length=1, max_length=16)]

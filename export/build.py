@@ -19,6 +19,7 @@ import msgspec
 import torch
 
 from edge_sdk.bundle import (
+    MAX_BATCH,
     PREDICT_ONNX,
     PREDICT_PTE,
     TRAIN_ONNX,
@@ -47,8 +48,6 @@ _DTYPES = {
 }
 
 
-LARGEST_BATCH = 1 << 16
-"""That a manifest allows (docs/bundle.md section 2)."""
 LARGEST_COVERED_BATCH = 40
 """Up to it the worst case of float32's rounding of everybody else's part of the sum is within what the device's
 sensitivity analysis leaves for it, but for draws of a probability below 1e-20 (docs/training-graph.md section 5)."""
@@ -132,8 +131,8 @@ def build(
         raise ParameterError(
             f"name={spec.name!r}: a model's name is 1 to 64 of a-z, 0-9, '.', '_' and '-', and begins with a-z or 0-9"
         ) from error
-    if not 1 <= batch <= LARGEST_BATCH:
-        raise ParameterError(f"a batch of {batch}: a graph takes 1 to {LARGEST_BATCH} examples")
+    if not 1 <= batch <= MAX_BATCH:
+        raise ParameterError(f"a batch of {batch}: a graph takes 1 to {MAX_BATCH} examples")
     if proximal and unit != "device":
         raise ParameterError("the proximal term belongs to local steps: unit 'device' only")
     progress("capture")

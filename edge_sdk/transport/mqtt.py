@@ -550,7 +550,6 @@ class _Link(Generic[T]):
             self._outbox.clear()
             self._unsent_bytes = 0
             self._sent.clear()
-            self._arrived.notify_all()
             if reason == self._said:
                 return
             self._said = reason

@@ -1,5 +1,6 @@
 """What one client costs the broker, and so the machine: it has bounds, whatever the client does or does not read."""
 
+import asyncio
 import socket
 import ssl
 import time
@@ -11,7 +12,7 @@ import pytest
 from parties import DEADLINE_S, Party
 
 from coordinator.broker import start_broker
-from coordinator.broker.amqtt import STUCK_S, UNPASSED_MESSAGES, _Broker, _is_stuck
+from coordinator.broker.amqtt import STUCK_S, UNPASSED_MESSAGES, _Broker, _is_stuck, _pass_on
 from edge_sdk.transport import Connected, Inbound
 from edge_sdk.transport.wire import MAX_FRAME_BYTES
 
@@ -205,3 +206,10 @@ def test_a_connection_that_has_nothing_to_say_costs_little_whatever_it_said_befo
     for raw in raws:
         raw.close()
     assert cost < 320_000  # with this test's own end of it
+
+
+def test_a_message_that_a_device_does_not_acknowledge_is_no_fault_of_ours():
+    async def unanswered(*arguments, retain):
+        raise TimeoutError
+
+    assert asyncio.run(_pass_on(SimpleNamespace(mqtt_publish=unanswered), "fl/v1/dn/a", b"", 1)) is None

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import resource
+import socket
 import subprocess
 import sys
 from argparse import Namespace
@@ -17,7 +18,7 @@ from coordinator.__main__ import main
 from coordinator.commands import serving
 from coordinator.commands.output import print_result
 from coordinator.rounds import Spent
-from coordinator.serving import Service, grantable
+from coordinator.serving import Directory, Service
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = events.ModelPublished(
@@ -154,5 +155,18 @@ def test_an_interrupted_command_is_told_in_a_line(tmp_path, capsys, monkeypatch)
     assert capsys.readouterr().err == "edge-coordinator: interrupted\n"
 
 
-def test_a_broker_in_the_same_process_holds_uploads_too():
-    assert [grantable(32, name) for name in ("mosquitto", "external", "amqtt")] == [32, 32, 16]
+@pytest.mark.parametrize(("broker", "granted_mb"), [("mosquitto", 32), ("amqtt", 16)])
+def test_a_broker_in_the_same_process_holds_uploads_too(tmp_path, monkeypatch, broker, granted_mb):
+    given = {}
+
+    def server(*arguments, upload_memory, **others):
+        given["memory"] = upload_memory
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr("coordinator.serving.Server", server)
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        ports = [str(probe.getsockname()[1]) for probe in (one, two)]
+    where = ["--dir", str(tmp_path), "--enrolment-port", ports[0], "--broker-port", ports[1]]
+    assert main(["init", *where, "--broker", broker]) == 0
+    Service(Directory.open(tmp_path), lambda event: None).close()
+    assert given["memory"] == granted_mb << 20
