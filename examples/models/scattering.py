@@ -34,6 +34,15 @@ def _grid(radius: int) -> tuple[Tensor, Tensor]:
     return line[:, None], line[None, :]
 
 
+def _on_grid(filters: Tensor) -> Tensor:
+    """Float32, rounded to a multiple of 2^-24, and no negative zero.
+
+    The last bits of an exponential differ with the processor's vector instructions, and where the exact value is zero
+    they are all there is: rounded, a build gives the same bytes on every machine.
+    """
+    return (torch.round(filters * 2.0**24) / 2.0**24 + 0.0).float()
+
+
 def low_pass(side: int, step: int) -> Tensor:
     """(side, SIDE / 4) float32: the weight of each position for each output, along one axis.
 
@@ -44,8 +53,7 @@ def low_pass(side: int, step: int) -> Tensor:
     distance = places[:, None] - 2**DEPTH * torch.arange(SIDE // 2**DEPTH)
     g = torch.exp(-distance * distance / (2 * width * width))
     g = torch.where(distance.abs() <= 3 * width, g, 0.0)
-    weights: Tensor = (g * step / (math.sqrt(2 * math.pi) * width)).float()
-    return weights
+    return _on_grid(g * step / (math.sqrt(2 * math.pi) * width))
 
 
 def morlets(scale: int) -> Tensor:
@@ -61,7 +69,7 @@ def morlets(scale: int) -> Tensor:
         wave = wave - envelope * (wave.sum() / envelope.sum())
         found.append(wave / (2 * math.pi * width * width / SLANT))
     stacked = torch.stack(found)[:, None]
-    return torch.cat([stacked.real, stacked.imag]).float()
+    return _on_grid(torch.cat([stacked.real, stacked.imag]))
 
 
 class Scattering(nn.Module):
