@@ -135,9 +135,15 @@ class _Handshake(ssl.SSLObject):
 
 
 class _Records(asyncio.sslproto.SSLProtocol):
-    """asyncio keeps a buffer of 256 kB for each connection, for as long as it lasts."""
+    """asyncio keeps a buffer of 256 kB for each connection, for as long as it lasts. Here all have one: what is read
+    into it is given to OpenSSL before the loop reads from another connection."""
 
     max_size = READ_BYTES
+    _shared = bytearray(READ_BYTES)
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._ssl_buffer, self._ssl_buffer_view = self._shared, memoryview(self._shared)
 
 
 async def _pass_on(handler: BrokerProtocolHandler, topic: str, data: bytes, qos: int) -> None:
