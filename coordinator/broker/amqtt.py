@@ -69,6 +69,9 @@ READ_BYTES = 17 << 10
 LOOK_S = 0.05
 """Between two looks whether there is room."""
 
+LONGEST_LOOK_S = 1.0
+"""Between two looks of one of many who look, after several in vain."""
+
 _refusals = Refusals(log)
 """amqtt makes its plugins itself: there is no other way to hand them one."""
 
@@ -99,8 +102,10 @@ class _BoundedReader(StreamReaderAdapter):  # type: ignore[misc]
     async def read(self, n: int = -1) -> bytes:
         if n > MAX_PACKET_BYTES:
             raise ConnectionError(f"a packet of {n} bytes is over the limit of {MAX_PACKET_BYTES}")
+        wait_s = LOOK_S
         while self.session is not None and self.session.delivered_message_queue.qsize() >= UNREAD_PACKETS:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_LOOK_S)
         data: bytes = await super().read(n)
         return data
 
@@ -193,6 +198,7 @@ class _Broker(Directed):
         self.revoked = frozenset(revoked)
         self.silenced: frozenset[str] = frozenset()
         self._queue_bytes = queue_bytes
+        self._first_to_wait = asyncio.Lock()
         self._cutting: dict[str, asyncio.Task[None]] = {}
 
     @staticmethod
@@ -254,9 +260,12 @@ class _Broker(Directed):
     async def _handle_message_delivery(
         self, client_session: Session, handler: BrokerProtocolHandler, delivery: asyncio.Future[Any]
     ) -> bool:
-        """A client's next message. Where the coordinator does not keep up, devices wait."""
-        while client_session.client_id != COORDINATOR and self._is_behind():
-            await asyncio.sleep(LOOK_S)
+        """A client's next message. Where the coordinator does not keep up, devices wait, in the order in which they
+        came: only the first looks, since a thousand that look twenty times a second leave the broker no time."""
+        if client_session.client_id != COORDINATOR:
+            async with self._first_to_wait:
+                while self._is_behind():
+                    await asyncio.sleep(LOOK_S)
         done: bool = await super()._handle_message_delivery(client_session, handler, delivery)
         # It is in the queue. amqtt's loops hold on to a client's last message until its next one, which may be hours.
         if (message := delivery.result()) is not None:

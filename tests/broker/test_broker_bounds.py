@@ -185,6 +185,33 @@ def test_devices_wait_while_messages_or_bytes_pile_up_for_the_coordinator(messag
     assert _Broker._is_behind(broker) is behind
 
 
+def test_a_thousand_devices_that_wait_for_the_coordinator_do_not_all_look_whether_it_keeps_up(monkeypatch):
+    looks, passed = 0, []
+
+    async def pass_on(self, session, handler, delivery):
+        passed.append(session.client_id)
+        return True
+
+    def is_behind(self):
+        nonlocal looks
+        looks += 1
+        return looks < 5
+
+    async def run():
+        broker = _Broker.__new__(_Broker)
+        broker._first_to_wait = asyncio.Lock()
+        delivery = asyncio.get_running_loop().create_future()
+        delivery.set_result(None)
+        sessions = [SimpleNamespace(client_id=str(i)) for i in range(1000)]
+        await asyncio.gather(*(broker._handle_message_delivery(session, None, delivery) for session in sessions))
+
+    monkeypatch.setattr("amqtt.broker.Broker._handle_message_delivery", pass_on)
+    monkeypatch.setattr(_Broker, "_is_behind", is_behind)
+    asyncio.run(run())
+    assert passed == [str(i) for i in range(1000)]  # in the order in which they came
+    assert looks == 1000 + 4
+
+
 def closed(connection):
     try:
         return connection.recv(1) == b""
