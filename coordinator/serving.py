@@ -30,7 +30,7 @@ from edge_sdk.crypto.identity import Identity
 from edge_sdk.enrolment import Admission, EnrolRequest, RenewRequest, private_directory
 from edge_sdk.errors import ParameterError
 from edge_sdk.files import write_once
-from edge_sdk.transport.mqtt import Credentials, MqttHub
+from edge_sdk.transport.mqtt import Credentials
 
 log = logging.getLogger("sordino.coordinator")
 
@@ -213,7 +213,7 @@ class Service:
             self.broker: Broker = start_broker(config.broker.kind, listener, config.broker.url, self._revoked)
             stack.callback(self.broker.close)
             own = Credentials(path / "ca.pem", path / "client.pem", path / "client.key")
-            hub = MqttHub(self.broker.url, own)
+            hub = self.broker.link(own)
             stack.callback(hub.close)
             self._desk = directory.desk(self._store)
             authority: LocalAuthority | RemoteAuthority

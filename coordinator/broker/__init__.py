@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from edge_sdk.errors import ParameterError
+from edge_sdk.transport import Hub
+from edge_sdk.transport.mqtt import Credentials
 from edge_sdk.transport.wire import MAX_FRAME_BYTES
 
 Kind = Literal["auto", "mosquitto", "amqtt", "external"]
@@ -99,7 +101,13 @@ class Broker(Protocol):
 
     @property
     def url(self) -> str:
-        """That the coordinator connects to."""
+        """Where the coordinator's own machine reaches it."""
+
+    def link(self, credentials: Credentials) -> Hub:
+        """The coordinator's link to it. Whoever asks for it closes it, before the broker.
+
+        credentials: the coordinator's.
+        """
 
     def revoke(self, devices: Collection[str]) -> None:
         """From now on these devices (all that were ever revoked, by CN) are kept out, also where they are connected.

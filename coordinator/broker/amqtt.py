@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import asyncio.sslproto
+import contextlib
 import logging
 import ssl
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -33,10 +33,11 @@ from coordinator.broker import (
     STEADY_S,
     Listener,
 )
+from coordinator.broker.inside import InsideHub
 from coordinator.broker.rules import allowed
-from coordinator.ca import COORDINATOR
 from coordinator.refusals import Refusals
 from edge_sdk.errors import ParameterError
+from edge_sdk.transport.mqtt import DOWN, UP, Credentials
 
 log = logging.getLogger("sordino.broker")
 
@@ -55,8 +56,8 @@ STUCK_S = 30.0
 UNREAD_PACKETS = 64
 """Of one client, read and not yet passed on: then its socket is not read, so that TCP holds it back."""
 
-UNPASSED_MESSAGES = 256
-"""Of all clients: then no device's next one is passed on."""
+FRAMES_AT_ONCE = 64
+"""For devices, between two looks at everything else."""
 
 MESSAGE_BYTES = 4 << 10
 """What a message takes besides its data, about: packets, and a task that waits for the acknowledgement."""
@@ -165,36 +166,17 @@ class _Subscriptions(dict[str, list[tuple[Session, int]]]):
         return f"{len(self)} subscriptions"
 
 
-class Directed(amqtt.broker.Broker):  # type: ignore[misc]
-    """amqtt's broker where it holds each message against each subscription, and writes both out for a log that nobody
-    reads: with 500 devices half of what a message cost. Our rules let two subscriptions match, which are looked up."""
+class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
+    """amqtt's broker where it trusts what a CONNECT says: here the certificate decides, before anything is done. And
+    where it keeps whatever waits for somebody: here that has bounds, for each client and for all together. And where
+    it holds each message against each subscription: here devices write to the coordinator, and it to them."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], revoked: Collection[str], link: InsideHub, queue_bytes: int) -> None:
+        """link: the coordinator's.  queue_bytes: that may wait for it."""
         super().__init__(config)
         self._subscriptions = _Subscriptions()
-
-    async def _publish_retained_messages_for_subscription(self, *_: Any) -> None:
-        """Nothing is retained. amqtt asks for each subscription at each connect."""
-
-    async def _run_broadcast(self, running_tasks: deque[asyncio.Task[Any]]) -> None:
-        broadcast = await self._broadcast_queue.get()
-        topic = broadcast["topic"]
-        for topic_filter in (topic, topic.rpartition("/")[0] + "/+"):
-            for session, qos in tuple(self._subscriptions.get(topic_filter, ())):
-                if not await self._topic_filtering(session, topic=topic, action=Action.RECEIVE):
-                    continue
-                handler = self._get_handler(session)
-                if handler is not None and session.transitions.state == "connected":
-                    passing = _pass_on(handler, topic, broadcast["data"], broadcast.get("qos", qos))
-                    running_tasks.append(asyncio.ensure_future(passing))
-
-
-class _Broker(Directed):
-    """amqtt's broker where it trusts what a CONNECT says: here the certificate decides, before anything is done. And
-    where it keeps whatever waits for somebody: here that has bounds, for each client and for all together."""
-
-    def __init__(self, config: dict[str, Any], revoked: Collection[str], queue_bytes: int) -> None:
-        super().__init__(config)
+        self._link = link
+        self._passing: set[asyncio.Task[None]] = set()
         self.revoked = frozenset(revoked)
         self.silenced: frozenset[str] = frozenset()
         self._queue_bytes = queue_bytes
@@ -220,7 +202,7 @@ class _Broker(Directed):
         def connection() -> _Records:
             stream = asyncio.StreamReaderProtocol(asyncio.StreamReader(), connected)
             return _Records(
-                loop, stream, ssl_context, None, server_side=True, ssl_handshake_timeout=HANDSHAKE_S,  # type: ignore[arg-type]
+                loop, stream, ssl_context, None, server_side=True, ssl_handshake_timeout=HANDSHAKE_S,
             )  # fmt: skip
 
         return await loop.create_server(connection, address, port, reuse_address=True)
@@ -262,10 +244,9 @@ class _Broker(Directed):
     ) -> bool:
         """A client's next message. Where the coordinator does not keep up, devices wait, in the order in which they
         came: only the first looks, since a thousand that look twenty times a second leave the broker no time."""
-        if client_session.client_id != COORDINATOR:
-            async with self._first_to_wait:
-                while self._is_behind():
-                    await asyncio.sleep(LOOK_S)
+        async with self._first_to_wait:
+            while self._is_behind():
+                await asyncio.sleep(LOOK_S)
         done: bool = await super()._handle_message_delivery(client_session, handler, delivery)
         # It is in the queue. amqtt's loops hold on to a client's last message until its next one, which may be hours.
         if (message := delivery.result()) is not None:
@@ -274,21 +255,46 @@ class _Broker(Directed):
         return done
 
     def _is_behind(self) -> bool:
-        if self._broadcast_queue.qsize() >= UNPASSED_MESSAGES:
+        return self._link.waiting_bytes >= self._queue_bytes
+
+    async def _broadcast_message(
+        self, session: Session | None, topic: str | None, data: bytes | bytearray | None, force_qos: int | None = None
+    ) -> None:
+        """A message or a will. What devices write is for the coordinator, and for nobody else."""
+        if self._link.is_used and topic is not None and topic.startswith(UP):
+            self._link.deliver(topic[len(UP) :], bytes(data or b""))
+        else:
+            await super()._broadcast_message(session, topic, data, force_qos)
+
+    def pass_on(self) -> None:
+        """What the coordinator wrote, to the devices that are there."""
+        for device, frame in self._link.take(FRAMES_AT_ONCE):
+            topic = DOWN + device
+            for session, qos in tuple(self._subscriptions.get(topic, ())):
+                handler = self._get_handler(session)
+                if handler is None or session.transitions.state != "connected":
+                    continue
+                if allowed(session.client_id, topic, "receive") and self._has_room(session):
+                    passing = asyncio.ensure_future(_pass_on(handler, topic, frame, qos))
+                    self._passing.add(passing)
+                    passing.add_done_callback(self._passing.discard)
+
+    def _has_room(self, session: Session) -> bool:
+        if _waiting_bytes(session) < DEVICE_BYTES:
             return True
-        coordinator, _ = self._sessions.get(COORDINATOR, (None, None))
-        return coordinator is not None and _waiting_bytes(coordinator) >= self._queue_bytes
+        # Dropped: it is asked for again. A slow link is no fault; one that takes nothing at all is given up.
+        name = session.client_id
+        if _is_stuck(session, time.monotonic()) and name not in self._cutting:
+            _refusals.say(name, f"{name[:16]} is cut off: it does not read what it asks for")
+            self._cutting[name] = asyncio.ensure_future(self._cut_off(name))
+        return False
 
     async def _topic_filtering(self, session: Session, topic: str, action: Action) -> bool:
-        name = session.client_id
-        if action is Action.RECEIVE and name not in (None, COORDINATOR) and _waiting_bytes(session) >= DEVICE_BYTES:
-            # Dropped: it is asked for again. A slow link is no fault; one that takes nothing at all is given up.
-            if _is_stuck(session, time.monotonic()) and name not in self._cutting:
-                _refusals.say(name, f"{name[:16]} is cut off: it does not read what it asks for")
-                self._cutting[name] = asyncio.ensure_future(self._cut_off(name))
+        # For what does not come or go by the link: who has the coordinator's certificate may do as it does.
+        if action is Action.RECEIVE and not self._has_room(session):
             return False
-        allowed: bool = await super()._topic_filtering(session, topic, action)
-        return allowed
+        permitted: bool = await super()._topic_filtering(session, topic, action)
+        return permitted
 
     async def _cut_off(self, name: str) -> None:
         try:
@@ -320,6 +326,9 @@ class _Broker(Directed):
 
     async def retain_message(self, *_: Any) -> None:
         """Nothing is retained."""
+
+    async def _publish_retained_messages_for_subscription(self, *_: Any) -> None:
+        """Nothing is retained. amqtt asks for each subscription at each connect."""
 
 
 def _waiting_bytes(session: Session) -> int:
@@ -360,6 +369,7 @@ class Amqtt:
         self._listener = listener
         self._lock = threading.Lock()
         self._revoked, self._silenced = frozenset(revoked), frozenset[str]()
+        self._link = InsideHub()
         self._running: tuple[asyncio.AbstractEventLoop, _Broker, asyncio.Event] | None = None
         self._closing = threading.Event()
         self._first = threading.Event()
@@ -369,6 +379,11 @@ class Amqtt:
         if not self._first.wait(START_S) or self._running is None:
             self.close()
             raise ParameterError(f"amqtt did not start: {self._problem}")
+
+    def link(self, credentials: Credentials) -> InsideHub:
+        """There is one; it needs no credentials."""
+        self._link.is_used = True
+        return self._link
 
     def revoke(self, devices: Collection[str]) -> None:
         with self._lock:
@@ -404,6 +419,7 @@ class Amqtt:
                 self._problem = f"{type(error).__name__}: {error}"
             with self._lock:
                 self._running = None
+            self._link.down(f"amqtt ended: {self._problem}")
             self._first.set()
             if self._closing.is_set():
                 return
@@ -430,20 +446,26 @@ class Amqtt:
             },
             "plugins": {f"{TopicRules.__module__}.{TopicRules.__qualname__}": {}},
         }
-        leave = asyncio.Event()
+        loop, leave = asyncio.get_running_loop(), asyncio.Event()
         with self._lock:
-            broker = _Broker(config, self._revoked, self._listener.queue_bytes)
+            broker = _Broker(config, self._revoked, self._link, self._listener.queue_bytes)
         await broker.start()
         with self._lock:
             broker.revoked, broker.silenced = self._revoked, self._silenced
-            self._running = asyncio.get_running_loop(), broker, leave
+            self._running = loop, broker, leave
             if self._closing.is_set():
                 leave.set()
+        self._link.up(partial(_call_soon, loop, broker.pass_on))
         self._first.set()
         try:
             await leave.wait()
         finally:
             await broker.shutdown()
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop was closed: the broker has ended, and what it was to do is lost
+        loop.call_soon_threadsafe(call)
 
 
 async def _silence(broker: _Broker, silenced: frozenset[str]) -> None:

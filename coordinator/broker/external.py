@@ -6,6 +6,8 @@ import logging
 from collections.abc import Collection
 from pathlib import Path
 
+from edge_sdk.transport.mqtt import Credentials, MqttHub
+
 log = logging.getLogger("sordino.broker")
 
 
@@ -17,6 +19,9 @@ class ExternalBroker:
     def __init__(self, url: str, directory: Path) -> None:
         self.url = url
         self._directory = directory
+
+    def link(self, credentials: Credentials) -> MqttHub:
+        return MqttHub(self.url, credentials)
 
     def revoke(self, devices: Collection[str]) -> None:
         """The coordinator drops what revoked devices send; that the broker keeps them out is its operator's matter."""

@@ -28,6 +28,7 @@ from coordinator.ca import COORDINATOR
 from coordinator.refusals import Refusals
 from edge_sdk.errors import ParameterError
 from edge_sdk.files import write_whole
+from edge_sdk.transport.mqtt import Credentials, MqttHub
 
 log = logging.getLogger("sordino.broker")
 
@@ -165,6 +166,9 @@ class Mosquitto:
         """Of the child, if one runs."""
         with self._lock:
             return self._child.pid if self._child is not None and self._child.poll() is None else None
+
+    def link(self, credentials: Credentials) -> MqttHub:
+        return MqttHub(self.url, credentials)
 
     def revoke(self, devices: Collection[str]) -> None:
         """mosquitto 2.0.11 rereads CRL and ACL on SIGHUP. The CRL keeps new connections out; the ACL silences one that

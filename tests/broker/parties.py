@@ -11,7 +11,7 @@ from coordinator.broker import Listener, start_broker
 from coordinator.ca import CertificateAuthority, read_csr
 from edge_sdk import enrolment
 from edge_sdk.crypto.identity import Identity
-from edge_sdk.transport.mqtt import Backoff, Credentials, MqttHub, MqttTransport
+from edge_sdk.transport.mqtt import Backoff, Credentials, MqttTransport
 
 DEADLINE_S = 20.0
 QUICK = Backoff(first_s=0.05, longest_s=0.5, refused_s=0.2, longest_refused_s=0.5)
@@ -57,7 +57,7 @@ class World:
     def hub(self):
         if self._hub is None:
             own = Credentials(*(self.directory / name for name in ("ca.pem", "client.pem", "client.key")))
-            self._hub = self.keep(MqttHub(self.broker.url, own, backoff=QUICK))
+            self._hub = self.keep(self.broker.link(own))
         return self._hub
 
     def keep(self, link):

@@ -12,7 +12,8 @@ import pytest
 from parties import DEADLINE_S, Party
 
 from coordinator.broker import start_broker
-from coordinator.broker.amqtt import STUCK_S, UNPASSED_MESSAGES, _Broker, _is_stuck, _pass_on
+from coordinator.broker.amqtt import STUCK_S, _Broker, _is_stuck, _pass_on
+from coordinator.broker.inside import InsideHub
 from edge_sdk.transport import Connected, Inbound
 from edge_sdk.transport.wire import MAX_FRAME_BYTES
 
@@ -166,22 +167,14 @@ def test_a_slow_device_is_not_taken_for_one_that_takes_nothing():
 
 
 @pytest.mark.parametrize(
-    ("messages", "waiting_bytes", "behind"),
-    [
-        (0, 0, False),
-        (UNPASSED_MESSAGES - 1, 0, False),
-        (UNPASSED_MESSAGES, 0, True),
-        (0, 9 * MB, False),
-        (0, 11 * MB, True),
-    ],
+    ("messages", "size", "behind"),
+    [(0, 0, False), (9, MAX_FRAME_BYTES, False), (10, MAX_FRAME_BYTES, True), (3000, 0, False), (6000, 0, True)],
 )
-def test_devices_wait_while_messages_or_bytes_pile_up_for_the_coordinator(messages, waiting_bytes, behind):
-    sent = {number: SimpleNamespace(data=bytes(waiting_bytes // 100)) for number in range(100 if waiting_bytes else 0)}
-    broker = SimpleNamespace(
-        _queue_bytes=10 * MB,
-        _broadcast_queue=SimpleNamespace(qsize=lambda: messages),
-        _sessions={"coordinator": (SimpleNamespace(inflight_out=sent), None)},
-    )
+def test_devices_wait_while_messages_or_bytes_pile_up_for_the_coordinator(messages, size, behind):
+    link = InsideHub()
+    for _ in range(messages):
+        link.deliver("ab" * 32, bytes(size))
+    broker = SimpleNamespace(_queue_bytes=10 * MAX_FRAME_BYTES, _link=link)
     assert _Broker._is_behind(broker) is behind
 
 
