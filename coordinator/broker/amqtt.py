@@ -54,7 +54,8 @@ STUCK_S = 30.0
 """A device that takes nothing for so long, while as much as it may have waits for it, is cut off."""
 
 UNREAD_PACKETS = 64
-"""Of one client, read and not yet passed on: then its socket is not read, so that TCP holds it back."""
+"""Of one client, read and not yet passed on: then its socket is not read, so that TCP holds it back. While the
+coordinator does not keep up, one is enough: a fleet's clients have as much as this times their number."""
 
 FRAMES_AT_ONCE = 64
 """For devices, between two looks at everything else."""
@@ -99,16 +100,21 @@ class _BoundedReader(StreamReaderAdapter):  # type: ignore[misc]
     amqtt reads on whatever becomes of what it read: here it waits."""
 
     session: Session | None = None
+    is_behind: Callable[[], bool] = staticmethod(lambda: False)
+    """Whether as much waits for the coordinator as may, of all clients."""
 
     async def read(self, n: int = -1) -> bytes:
         if n > MAX_PACKET_BYTES:
             raise ConnectionError(f"a packet of {n} bytes is over the limit of {MAX_PACKET_BYTES}")
         wait_s = LOOK_S
-        while self.session is not None and self.session.delivered_message_queue.qsize() >= UNREAD_PACKETS:
+        while self.session is not None and self._is_full(self.session.delivered_message_queue.qsize()):
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, LONGEST_LOOK_S)
         data: bytes = await super().read(n)
         return data
+
+    def _is_full(self, unpassed: int) -> bool:
+        return unpassed >= UNREAD_PACKETS or (unpassed > 0 and self.is_behind())
 
 
 _shaking: weakref.WeakKeyDictionary[_Handshake, float] = weakref.WeakKeyDictionary()
@@ -236,7 +242,7 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
         session.parent = 0
         await self.cut(session.client_id)
         if isinstance(reader, _BoundedReader):
-            reader.session = session
+            reader.session, reader.is_behind = session, self._is_behind
         return handler, session
 
     async def _handle_message_delivery(

@@ -1,6 +1,7 @@
 """What one client costs the broker, and so the machine: it has bounds, whatever the client does or does not read."""
 
 import asyncio
+import contextlib
 import socket
 import ssl
 import time
@@ -39,20 +40,26 @@ class Raw:
 
     def publish(self, frame, number=None):
         """QoS 1 with this packet number, else QoS 0."""
+        self.socket.sendall(self.packet(frame, number))
+
+    def packet(self, frame, number=None):
         head = b"" if number is None else number.to_bytes(2, "big")
-        self.send(0x30 if number is None else 0x32, text(f"fl/v1/up/{self.name}") + head + frame)
+        return packet(0x30 if number is None else 0x32, text(f"fl/v1/up/{self.name}") + head + frame)
 
     def send(self, kind, body):
-        size, sizes = len(body), bytearray()
-        while True:
-            size, low = divmod(size, 128)
-            sizes.append(low | (0x80 if size else 0))
-            if not size:
-                break
-        self.socket.sendall(bytes([kind]) + sizes + body)
+        self.socket.sendall(packet(kind, body))
 
     def close(self):
         self.socket.close()
+
+
+def packet(kind, body):
+    size, sizes = len(body), bytearray()
+    while True:
+        size, low = divmod(size, 128)
+        sizes.append(low | (0x80 if size else 0))
+        if not size:
+            return bytes([kind]) + sizes + body
 
 
 def text(words):
@@ -121,6 +128,33 @@ def test_a_device_that_sends_what_nobody_takes_costs_no_more_than_the_queue(worl
     assert bob.outcome == "connected"
     bob.publish(f"fl/v1/up/{world.bob.name}", b"here")
     assert wait_for(hub, world.bob.name) == b"here"
+
+
+@pytest.mark.parametrize("world", ["amqtt"], indirect=True)
+def test_many_devices_that_send_what_nobody_takes_cost_no_more_than_the_queue_together(world, hub):
+    raws = [Raw(world, Party(world.ca, world.directory)) for _ in range(24)]
+    before = resident(world)
+    for raw in raws:
+        raw.socket.setblocking(False)
+    progress, deadline = True, time.monotonic() + 2 * DEADLINE_S
+    packets = {raw: memoryview(raw.packet(FRAME)) for raw in raws}
+    left = dict.fromkeys(raws, 0)
+    sent = 0
+    while progress and sent < 600 * MB:  # until they all are held back
+        progress = False
+        quiet_by = time.monotonic() + 1.5
+        while not progress and time.monotonic() < quiet_by:
+            for raw in raws:
+                with contextlib.suppress(ssl.SSLWantWriteError):
+                    left[raw] += (count := raw.socket.send(packets[raw][left[raw] :]))
+                    left[raw] %= len(packets[raw])
+                    sent, progress = sent + count, True
+        assert time.monotonic() < deadline
+    grown = resident(world) - before
+    for raw in raws:
+        raw.close()
+    assert sent < 600 * MB
+    assert grown < 150 * MB
 
 
 @pytest.mark.parametrize("world", ["amqtt"], indirect=True)
