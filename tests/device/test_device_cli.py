@@ -24,6 +24,7 @@ from edge_sdk.enrolment import Membership, Token
 from edge_sdk.errors import ParameterError
 from edge_sdk.ledger import Ledger
 from edge_sdk.models import read_identity
+from edge_sdk.policy import default_policy
 from edge_sdk.rules import read_policy
 
 
@@ -277,6 +278,41 @@ def test_a_file_named_when_joining_is_found_from_where_the_command_is_called(liv
     assert named == {TASK: "data.npz", "more": str(elsewhere / "more.npz"), "sensor": "my_sensor:windows"}
     monkeypatch.chdir(tmp_path)
     assert len(examples_source(lived, named["more"])()["y"]) == 24
+
+
+def test_a_task_named_when_joining_again_is_allowed_too_and_its_owner_is_told(lived):
+    policy = lived / "policy.toml"
+    before = policy.read_text().rstrip("\n")  # as an editor may leave it
+    policy.write_text(before)
+    tasks = ("--task", f"{TASK}=data:examples", "--task", "sensor=my_sensor:windows", "--task", "later")
+    told = call(main, "join", token_for(lived), "--dir", str(lived), *tasks)
+    assert (told.code, f"{policy} allows sensor, later from now on" in told.err) == (0, True)
+    assert policy.read_text().startswith(before + "\n")
+    allowed = read_policy(lived).tasks
+    assert list(allowed) == [TASK, "sensor", "later"]
+    assert allowed[TASK].limits is None  # the owner's own word stands
+    assert allowed["sensor"].limits == default_policy(["sensor"]).tasks["sensor"].limits
+    assert {finding.check: finding for finding in checkup.doctor(lived)}["policy"].ok
+    before = policy.read_bytes()
+    told = call(main, "join", token_for(lived), "--dir", str(lived), *tasks)
+    assert (told.code, "from now on" in told.err, policy.read_bytes()) == (0, False, before)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        (lambda text: text.replace(f"[tasks.{TASK}]", "", 1).replace("protects", "tasks = {}\nprotects", 1), "inline"),
+        (lambda text: "protects = 3\n" + text, "policy.toml"),
+    ],
+)
+def test_a_policy_that_a_task_cannot_be_added_to_is_left_alone_and_its_owner_is_told_what_to_write(lived, spoil, word):
+    policy, device = lived / "policy.toml", lived / "device.toml"
+    policy.write_text(spoil(policy.read_text()))
+    before = policy.read_bytes(), device.read_bytes()
+    told = call(main, "join", token_for(lived), "--dir", str(lived), "--task", "sensor=my_sensor:windows")
+    assert (told.code, word in told.err, str(policy) in told.err) == (1, True, True)
+    assert "Traceback" not in told.err
+    assert (policy.read_bytes(), device.read_bytes()) == before
 
 
 @pytest.mark.parametrize(("given", "word"), [("missing.npz", "there is no file"), ("what?", "neither")])
