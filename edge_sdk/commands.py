@@ -139,7 +139,10 @@ def _join(options: argparse.Namespace) -> int:
         _print({**msgspec.to_builtins(membership), "joined_before": before})
     else:
         if before:
-            _tell(f"{options.dir} has joined already, the token was not used; a revoked device needs another directory")
+            _tell(
+                f"{options.dir} has joined already, the token was not used; a revoked device needs another directory, "
+                "as does one whose ledger was rolled back or forked"
+            )
         _tell(f"{membership.role} {membership.device} of {membership.fleet}")
         if membership.role == "device":  # a helper has no data, and so no policy
             _tell(f"what it may do is in {options.dir / 'policy.toml'}: read it")

@@ -327,6 +327,7 @@ def test_a_token_that_a_joined_directory_has_no_use_for_is_not_used_in_silence(l
     told = call(main, "join", token_for(lived), "--dir", str(lived))
     assert (told.code, "the token was not used" in told.err) == (0, True)
     assert "a revoked device needs another directory" in told.err
+    assert "rolled back or forked" in told.err
     (line,) = call(main, "join", token_for(lived), "--dir", str(lived), "--json").lines
     assert (line["joined_before"], line["fleet"]) == (True, "scripted")
     assert {path.name: path.read_bytes() for path in lived.iterdir() if path.is_file()} == before

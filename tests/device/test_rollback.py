@@ -11,9 +11,13 @@ import pytest
 from msgspec.structs import replace
 from scripted import World
 
-from edge_sdk import events
+from edge_sdk import enrolment, events
+from edge_sdk.enrolment import Membership, Token
+from edge_sdk.ledger import Ledger
 from edge_sdk.privacy.ledger_entry import LedgerDamaged
 from edge_sdk.protocol.messages import Anchor, Header, Receipt, Signed, decode, encode, sign
+from edge_sdk.rules import read_policy
+from edge_sdk.store import Store
 from edge_sdk.transport.wire import Hello, Upload, Welcome, decode_down, encode_frame
 
 WHAT_TO_DO = "newest copy of this device's directory back, or enrol it anew"
@@ -64,6 +68,38 @@ def test_a_device_whose_whole_disk_went_back_is_told_by_its_own_header_and_enter
     assert {type(event) for event in heard} == {events.Online}
     put_back(path, newest)  # its owner found the newest copy: nothing was lost
     assert world.device(path).run_once(60).count(events.Delivered) == 1
+
+
+def test_a_run_that_ended_with_a_fork_lets_go_of_the_directory_and_says_where_to_join_anew(tmp_path):
+    """In one process, where no lock is given back by its end."""
+    world = World(tmp_path)
+    path, clone, key = world.directory(), tmp_path / "clone", world.identities[0].public_key
+    contributed(world, path, 0)
+    shutil.copytree(path, clone)
+    world.shown = contributed(world, path, 1)
+    world.time.now_s += 100
+    world.mute = {Hello}
+
+    def enter(event: events.Event) -> None:
+        if isinstance(event, events.Online):
+            world.send(key, world.welcome(key, shown=None))
+
+    world.device(clone, on_event=enter).run_once(10)
+    world.mute = set()
+    device = world.device(clone)
+    for way in (device.run, device.run_once):
+        with pytest.raises(LedgerDamaged, match=r"forked: entry 3 .* enrol it anew.* in another directory"):
+            way()
+    policy = read_policy(clone)
+    with (
+        Store(clone, key, world.authority.public_key),
+        Ledger(clone / "ledger", key, policy.protects, policy.lifetime) as ledger,
+    ):
+        assert ledger.head.entries == 4
+    membership = Membership.read(clone)
+    pins = [bytes.fromhex(pin) for pin in (membership.ca, membership.authority, membership.coordinator)]
+    token = Token("https://localhost:1", pins[0], bytes(32), 1 << 32, *pins[1:], [bytes(32)], "device").text
+    assert enrolment.join(clone, token) == membership  # it is that device for good: another one is in another directory
 
 
 def test_a_device_that_is_told_while_no_round_is_open_takes_no_news_either(rolled_back):
