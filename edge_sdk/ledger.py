@@ -40,6 +40,8 @@ _RECORD_BYTES = 512
 _LENGTH_BYTES = 2
 _LINK_BYTES = 32
 _ANEW = "enrol it anew, with a new identity: `edge-device join` with a new token, in another directory"
+PUT_BACK = f"Put the newest copy of this device's directory back, or {_ANEW}"
+"""What the owner of a device can do whose ledger went back. Of one that forked no copy is the newest."""
 
 
 def create_ledger(path: Path, owner: bytes) -> None:
@@ -119,8 +121,8 @@ class Ledger:
             raise ParameterError("an anchored head has a number of entries and 32 bytes")
         if anchored.entries >= len(self._links):
             raise LedgerDamaged(
-                f"the ledger was rolled back: {self.head.entries} entries, but {anchored.entries} were anchored. Put "
-                f"the newest copy of this device's directory back, or {_ANEW}"
+                f"the ledger was rolled back: {self.head.entries} entries, but {anchored.entries} were anchored. "
+                f"{PUT_BACK}"
             )
         if self._links[anchored.entries] != anchored.link:
             raise LedgerDamaged(

@@ -504,6 +504,17 @@ def read_positions(directory: Path) -> dict[str, Idle]:
     return {row[0]: Idle(*row) for row in _peek(directory, "SELECT task, round, tid FROM position")}
 
 
+def read_waiting(directory: Path) -> list[Signed]:
+    """The headers of contributions that wait for their receipt, read as `read_outcomes` does; none without a state.
+
+    Raises StoreDamaged on what is no header.
+    """
+    if not (directory / "state.db").exists():
+        return []
+    with _checked("a contribution's header"):
+        return [decode(Signed, header) for (header,) in _peek(directory, "SELECT header FROM contribution")]
+
+
 def read_model(directory: Path, task: str) -> tuple[Held | None, dict[str, F32]]:
     """A task's newest model and this device's local parameters for it, read as `read_outcomes` does."""
     if not (directory / "state.db").exists():
