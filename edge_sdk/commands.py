@@ -152,10 +152,18 @@ def _join(options: argparse.Namespace) -> int:
 def _install(options: argparse.Namespace) -> int:
     from edge_sdk import systemd
 
-    membership = systemd.install(_token(options))
+    token = _token(options)
+    # os.path's answers False to a user who may not look there; `install` refuses all but root, and says so.
+    before = os.path.exists(systemd.STATE / "enrolment.json")
+    membership = systemd.install(token)
     if options.json:
-        _print(membership)
+        _print({**msgspec.to_builtins(membership), "joined_before": before})
     else:
+        if before:
+            _tell(
+                f"{systemd.STATE} has joined already, the token was not used; for a revoked helper, stop the service, "
+                f"move what is in {systemd.STATE} away and install again"
+            )
         _tell(f"{membership.role} {membership.device} of {membership.fleet}: the service {systemd.NAME} runs")
         _tell(f"its log: journalctl -u {systemd.NAME}; its state: edge-helper status --dir {systemd.STATE}")
     return 0

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from scripted import EXAMPLES, TASK, World
 
-from edge_sdk import checkup, helper
+from edge_sdk import checkup, enrolment, helper, systemd
 from edge_sdk.__main__ import main
 from edge_sdk.commands import _add_tasks
 from edge_sdk.config import Config, examples_source
@@ -259,12 +259,12 @@ def test_tasks_that_were_named_when_joining_are_in_device_toml_once(tmp_path):
     assert {task: entry.examples for task, entry in config.tasks.items()} == {"digits": "digits.npz"}
 
 
-def token_for(path, url: str = "https://127.0.0.1:1") -> str:
+def token_for(path, url: str = "https://127.0.0.1:1", role: str = "device") -> str:
     """A token of the fleet that the directory is in. Nothing listens on this port of loopback."""
     membership = Membership.read(path)
     pins = (membership.ca, membership.authority, membership.coordinator, membership.publishers[0])
     ca, authority, coordinator, publisher = (bytes.fromhex(pin) for pin in pins)
-    return Token(url, ca, bytes(32), 1 << 32, authority, coordinator, [publisher], "device").text
+    return Token(url, ca, bytes(32), 1 << 32, authority, coordinator, [publisher], role).text
 
 
 def test_a_file_named_when_joining_is_found_from_where_the_command_is_called(lived, tmp_path, monkeypatch):
@@ -331,6 +331,28 @@ def test_a_token_that_a_joined_directory_has_no_use_for_is_not_used_in_silence(l
     (line,) = call(main, "join", token_for(lived), "--dir", str(lived), "--json").lines
     assert (line["joined_before"], line["fleet"]) == (True, "scripted")
     assert {path.name: path.read_bytes() for path in lived.iterdir() if path.is_file()} == before
+
+
+def test_a_token_that_an_installed_helper_has_no_use_for_is_not_used_in_silence(tmp_path, monkeypatch):
+    path = World(tmp_path).directory(role="helper")
+    token = token_for(path, role="helper")
+    monkeypatch.setattr(systemd, "STATE", path)
+    monkeypatch.setattr(systemd, "install", lambda token: enrolment.join(systemd.STATE, token))
+    told = call(helper.main, "install", token)
+    assert (told.code, "has joined already, the token was not used" in told.err) == (0, True)
+    assert f"move what is in {path} away" in told.err
+    (line,) = call(helper.main, "install", token, "--json").lines
+    assert (line["joined_before"], line["role"]) == (True, "helper")
+
+    def first(token):
+        (path / "enrolment.json").write_bytes(membership)
+        return Membership.read(path)
+
+    membership = (path / "enrolment.json").read_bytes()
+    (path / "enrolment.json").unlink()
+    monkeypatch.setattr(systemd, "install", first)
+    (line,) = call(helper.main, "install", token, "--json").lines
+    assert line["joined_before"] is False
 
 
 def test_device_toml_errors_name_the_field(tmp_path):
