@@ -223,9 +223,9 @@ class Plan:
             f"Against the coordinator, who sees who sent, for a device that sends in {w.sends} rounds: "
             f"{self.figures.coordinator}; {self.figures_rdp.coordinator.epsilon:.2f} by RDP.",
             f"A device's ledger, which holds whatever the coordinator does, needs budgets of "
-            f"{_up(self.ledger_readers)} and {_up(self.ledger_coordinator)} for it at delta "
+            f"{budget_text(self.ledger_readers)} and {budget_text(self.ledger_coordinator)} for it at delta "
             f"{self.figures.readers.delta:.1e}; by the policy that a device joins with, which counts at delta "
-            f"{self.policy_delta:.1e}, {_up(self.policy_readers)} and {_up(self.policy_coordinator)}.",
+            f"{self.policy_delta:.1e}, {budget_text(self.policy_readers)} and {budget_text(self.policy_coordinator)}.",
             f"Noise of {m.noise_multiplier:.3g} times what one unit adds: {m.sigma:.4g} steps in each group's sum, "
             f"carried by any {m.honest} devices, {m.share_sigma:.4g} steps each. The sum of all contributions is off "
             f"by {noise:.3g} a parameter (standard deviation), at a clip of {m.clip:g}.",
@@ -455,6 +455,6 @@ def _with_step(work: Work, cohort: Cohort, multiplier: float, bits: int, granula
     return build(sigma)
 
 
-def _up(value: float) -> str:
+def budget_text(value: float) -> str:
     """Rounded up to two decimals: a budget of what it says is enough."""
     return f"{math.ceil(value * 100) / 100:.2f}" if math.isfinite(value) else "more than any budget"

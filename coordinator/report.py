@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from coordinator import rounds
 from coordinator.accounting import Figures, Record
+from coordinator.planner import budget_text
 from coordinator.rows import ModelRow, RoundRow
 from coordinator.store import Store
 from coordinator.task import Planned, Task, load
@@ -126,8 +127,8 @@ def markdown(report: TaskReport) -> str:
             "",
         ]
     lines += [
-        f"A device's own ledger needs {planned.ledger_readers:.3g} against readers and "
-        f"{planned.ledger_coordinator:.3g} against the coordinator for the whole task, at delta {planned.delta:g}; it "
+        "For the whole task a device's own ledger needs budgets of "
+        f"{_budgets(planned.ledger_readers, planned.ledger_coordinator, planned.delta)}{_by_policy(planned)}; it "
         "refuses what goes beyond its owner's budget, whatever this page says.",
         "",
         "## Who is trusted",
@@ -153,6 +154,21 @@ def markdown(report: TaskReport) -> str:
             f"{model.cohort:g} | {_metric(model, 'accuracy')} | {_metric(model, 'loss')} | {_hash(model.set_hash)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _budgets(readers: float, coordinator: float, delta: float) -> str:
+    return (
+        f"{budget_text(readers)} against readers and {budget_text(coordinator)} against the coordinator, "
+        f"at delta {delta:g}"
+    )
+
+
+def _by_policy(planned: Planned) -> str:
+    """At the delta that devices count at. A plan that an earlier version made says nothing of it."""
+    if not planned.policy_delta:
+        return ""
+    needed = _budgets(planned.policy_readers, planned.policy_coordinator, planned.policy_delta)
+    return f"; by the policy that a device joins with, of {needed}"
 
 
 def _time(unix_s: float) -> str:

@@ -29,8 +29,8 @@ from edge_sdk.ledger import Ledger
 from edge_sdk.models import read_identity
 from edge_sdk.privacy.ledger_entry import Summary
 from edge_sdk.protocol.messages import Epoch, Signed, decode
-from edge_sdk.rules import check_remembers, read_policy
-from edge_sdk.store import Outcome, glance, read_model, read_outcomes, read_positions
+from edge_sdk.rules import check_remembers, head_in, read_policy, read_shown
+from edge_sdk.store import Outcome, glance, read_model, read_outcomes, read_positions, read_waiting
 from edge_sdk.transport.wire import Model
 
 LEAST_DISK_BYTES = 64 << 20
@@ -251,9 +251,14 @@ def _check_policy(directory: Path) -> str:
 def _check_ledger(directory: Path) -> str:
     if Membership.read(directory).role == "helper":
         raise _Unknown("a helper spends nothing")
-    positions = read_positions(directory)  # before the copy: a device that runs adds to its ledger first
+    owner = read_identity(directory).public_key
+    # Before the copy: a device that runs adds to its ledger first.
+    positions, shown = read_positions(directory), read_shown(directory, owner)
+    heads = [head_in(header, owner) for header in read_waiting(directory)]
     with _ledger_copy(directory) as ledger:
         check_remembers(ledger, positions)
+        for head in heads if shown is None else [shown, *heads]:
+            ledger.check_extends(head)
         return f"{ledger.head.entries} entries, every link is right"
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -130,12 +130,19 @@ def _join(options: argparse.Namespace) -> int:
     tasks = {task: _examples_given(options.dir, task, examples) for task, examples in given.items()}
     before = (options.dir / "enrolment.json").exists()
     membership = enrolment.join(options.dir, token, tuple(tasks))
+    allowed = _allow_tasks(options.dir, tasks) if tasks else ()
     _add_tasks(options.dir, tasks)
+    if allowed:
+        limits = "each with what a task may cost by default: read it"
+        _tell(f"{options.dir / 'policy.toml'} allows {', '.join(allowed)} from now on, {limits}")
     if options.json:
         _print({**msgspec.to_builtins(membership), "joined_before": before})
     else:
         if before:
-            _tell(f"{options.dir} has joined already, the token was not used; a revoked device needs another directory")
+            _tell(
+                f"{options.dir} has joined already, the token was not used; a revoked device needs another directory, "
+                "as does one whose ledger was rolled back or forked"
+            )
         _tell(f"{membership.role} {membership.device} of {membership.fleet}")
         if membership.role == "device":  # a helper has no data, and so no policy
             _tell(f"what it may do is in {options.dir / 'policy.toml'}: read it")
@@ -145,10 +152,18 @@ def _join(options: argparse.Namespace) -> int:
 def _install(options: argparse.Namespace) -> int:
     from edge_sdk import systemd
 
-    membership = systemd.install(_token(options))
+    token = _token(options)
+    # os.path's answers False to a user who may not look there; `install` refuses all but root, and says so.
+    before = os.path.exists(systemd.STATE / "enrolment.json")
+    membership = systemd.install(token)
     if options.json:
-        _print(membership)
+        _print({**msgspec.to_builtins(membership), "joined_before": before})
     else:
+        if before:
+            _tell(
+                f"{systemd.STATE} has joined already, the token was not used; for a revoked helper, stop the service, "
+                f"move what is in {systemd.STATE} away and install again"
+            )
         _tell(f"{membership.role} {membership.device} of {membership.fleet}: the service {systemd.NAME} runs")
         _tell(f"its log: journalctl -u {systemd.NAME}; its state: edge-helper status --dir {systemd.STATE}")
     return 0
@@ -167,6 +182,24 @@ def _examples_given(directory: Path, task: str, examples: str) -> str:
     if examples:
         examples_source(directory, examples)
     return examples
+
+
+def _allow_tasks(directory: Path, tasks: Iterable[str]) -> tuple[str, ...]:
+    """Allow these tasks in a policy.toml that was there before, as in one that `join` writes. Returns those that are
+    new in it."""
+    from edge_sdk.files import write_whole
+    from edge_sdk.policy import allow_tasks
+    from edge_sdk.rules import read_policy
+
+    path, listed = directory / "policy.toml", read_policy(directory).tasks
+    added = tuple(task for task in tasks if task not in listed)
+    if added:
+        try:
+            text = allow_tasks(path.read_text(), added)
+        except ParameterError as error:
+            raise ParameterError(f"{path}: {str(error).removeprefix('policy: ')}") from error
+        write_whole(path, text.encode())
+    return added
 
 
 def _add_tasks(directory: Path, tasks: dict[str, str]) -> None:

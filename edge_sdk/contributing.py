@@ -160,6 +160,10 @@ def invalid_among(sums: Metrics) -> str:
     return f"{sums.invalid:.0f} of {total:.0f} examples drawn have values that are not finite, and count nothing"
 
 
+class NoRoom(SordinoError):
+    """The disk does not hold what the round needs. Nothing was charged: look again when there is room."""
+
+
 class CannotSend(SordinoError):
     """A contribution that is stored may never leave: drop it and wait for the next round."""
 
@@ -184,6 +188,19 @@ def check_fits(round_: Round, bundle: Bundle) -> None:
         raise PeerError(f"ticket: dimension {ticket.dimension}, but the bundle's vector has {length}")
     if ticket.work.proximal > 0 and not manifest.options.proximal:
         raise PeerError("ticket: work.proximal is above 0, but the bundle has no proximal term")
+
+
+def stored_bytes(round_: Round, manifest: Manifest | None) -> int:
+    """What storing a contribution to the round takes on disk: the masked vector, the shares, and for unit "device" the
+    local parameters, in the state and for a moment in its journal too.
+
+    Public numbers, so that whoever sees a device wait for room learns nothing of its data.
+    manifest: of the ticket's bundle; None, before it is here, leaves the local parameters to what is spared.
+    """
+    local = 0
+    if manifest is not None and round_.ticket.noise.unit == "device":
+        local = 4 * sum(parameter.size for parameter in manifest.of_role("local"))
+    return round_.layout.masked_bytes + round_.share_bytes * round_.thresholds.members + 2 * local
 
 
 def dimension_of(manifest: Manifest, round_: Round) -> int:
@@ -222,10 +239,18 @@ class Contributing:
         self._pinned, self._threads = bundle, threads
         self.state: Idle | Sent = store.contributor(task)
 
-    def enter(self, round_: Round, rules: Rules, manifest: Manifest | None, now_s: float) -> Training | None:
+    def enter(
+        self,
+        round_: Round,
+        rules: Rules,
+        manifest: Manifest | None,
+        now_s: float,
+        check_room: Callable[[Round], None],
+    ) -> Training | None:
         """Take a round's ticket: every check that needs no download, and then the coin. None if the coin says no.
 
-        manifest: of the ticket's bundle, if it is here already.
+        manifest: of the ticket's bundle, if it is here already.  check_room: raises NoRoom if the disk is too full for
+        the round; asked last, and not once the coin is tossed, which is charged whatever comes after it.
         Raises PeerError on a ticket that is wrong or that the policy refuses, BudgetExceeded, RoundAborted if it has
         closed, LedgerDamaged or ParameterError from the ledger. After any of them the round was not entered.
         """
@@ -243,6 +268,8 @@ class Contributing:
                 kind = "the same round again" if drawn.round == ticket.round else "a round before the last one"
                 raise PeerError(f"ticket: round {ticket.round} is {kind}: the ledger holds another ticket's coin")
         release = Release.of(mechanism_of(round_), sampling_of(round_))
+        if round_.tid not in rules.ledger.account.draws:
+            check_room(round_)
         operator = round_.epoch.frozen.coordinator
         coin = self._entropy(32)
         if rules.ledger.draw(ticket.task, ticket.round, round_.tid, operator, release, coin, int(now_s)):

@@ -163,7 +163,8 @@ class Device:
     def join(self, token: str, tasks: tuple[str, ...] = ()) -> Membership:
         """Join the fleet that the token invites to, once; repeating it is harmless. See `edge_sdk.enrolment.join`.
 
-        tasks: names of those that the owner allows from the start, besides the registered ones.
+        tasks: names of those that the owner allows from the start, besides the registered ones. A directory that has
+        joined is left as it is: its owner may have struck one of them from policy.toml since.
         """
         from edge_sdk import enrolment
 

@@ -35,7 +35,7 @@ from edge_sdk.crypto.hashing import content_hash, frame, tagged_hash
 from edge_sdk.crypto.identity import KEY_BYTES, Identity
 from edge_sdk.errors import ParameterError, PeerError, TransportError
 from edge_sdk.files import open_locked, reason, write_once, write_whole
-from edge_sdk.ledger import create_ledger
+from edge_sdk.ledger import create_ledger, is_ledger_of
 from edge_sdk.policy import default_policy_toml
 
 PREFIX = "sordino1."
@@ -217,6 +217,7 @@ def join(directory: Path, token: str, tasks: Sequence[str] = ()) -> Membership:
     with _locked(directory):
         if (directory / "enrolment.json").exists():
             return _joined_before(directory, invitation)
+        _refuse_what_is_left_of_another(directory)
         for rest in directory.glob("*.new"):
             rest.unlink()  # of a try that was cut short; maybe a second copy of a key
         identity = _identity(directory)
@@ -352,6 +353,21 @@ def _joined_before(directory: Path, invitation: Token) -> Membership:
             "backup that is not older than its last round, or start anew in an empty directory"
         )
     return membership
+
+
+def _refuse_what_is_left_of_another(directory: Path) -> None:
+    """What another identity spent and promised is not a new one's: beside them the device would never run, and the
+    token would be spent. A try of ours that was cut short has the key before it has any of them."""
+    has_key = (directory / "identity.key").exists()
+    for name in ("ledger", "state.db"):
+        path = directory / name
+        if path.exists():
+            owned = has_key and (name != "ledger" or is_ledger_of(path, _stored_identity(directory).public_key))
+            if not owned:
+                raise ParameterError(
+                    f"{path} is of another identity than this directory's: put that one's identity.key back, or join "
+                    "in another directory. The token was not used"
+                )
 
 
 def _identity(directory: Path) -> Identity:

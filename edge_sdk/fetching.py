@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import errno
 import math
-import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 from edge_sdk.errors import PeerError
+from edge_sdk.files import has_room
 from edge_sdk.transport.chunks import RETRY_S, Download, FileDownload
 from edge_sdk.transport.wire import BlobRef, Chunk, Pull
 
 MAX_MEMORY_BYTES = 24 << 20
 """Of all downloads into memory together: two of the longest messages may be under way."""
-
-SPARE_DISK_BYTES = 16 << 20
-"""Left free by a download: ledger and state must still be written."""
 
 
 class Fetches:
@@ -50,12 +47,23 @@ class Fetches:
         self._check(ref, self._max_file_bytes)
         download = self._files.get(ref.id)
         if download is None:
+            missing = self.missing_bytes(ref)
             to_come = sum(other.ref.size - other.received_bytes for other in self._files.values())
-            if shutil.disk_usage(self._directory).free < to_come + ref.size + SPARE_DISK_BYTES:
+            if missing and not has_room(self._directory, to_come + missing):
                 raise OSError(errno.ENOSPC, f"no room for a download of {ref.size} bytes")
             download = FileDownload(ref, self.path_of(ref), retry_s=self._retry_s())
             self._files[ref.id] = download
         return self._finished(download)
+
+    def missing_bytes(self, ref: BlobRef) -> int:
+        """What of the blob's file is not on disk yet, as far as it can be told without reading it."""
+        download = self._files.get(ref.id)
+        if download is not None:
+            return ref.size - download.received_bytes
+        try:
+            return 0 if self.path_of(ref).stat().st_size == ref.size else ref.size
+        except FileNotFoundError:
+            return ref.size
 
     def content(self, ref: BlobRef, max_bytes: int) -> bytes | None:
         """The blob's bytes, or None while it is under way. `forget` it when it is used.

@@ -9,12 +9,21 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
 from edge_sdk.errors import ParameterError
 
 Data = bytes | memoryview
+
+SPARE_DISK_BYTES = 16 << 20
+"""Left free by whatever writes much: ledger and state must still be written."""
+
+
+def has_room(directory: Path, size: int) -> bool:
+    """Whether so many bytes more in the directory leave `SPARE_DISK_BYTES` free. Raises OSError."""
+    return shutil.disk_usage(directory).free >= size + SPARE_DISK_BYTES
 
 
 def write_whole(path: Path, *parts: Data, mode: int = 0o600) -> None:

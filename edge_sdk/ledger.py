@@ -39,6 +39,9 @@ _OWNER_BYTES = 32
 _RECORD_BYTES = 512
 _LENGTH_BYTES = 2
 _LINK_BYTES = 32
+_ANEW = "enrol it anew, with a new identity: `edge-device join` with a new token, in another directory"
+PUT_BACK = f"Put the newest copy of this device's directory back, or {_ANEW}"
+"""What the owner of a device can do whose ledger went back. Of one that forked no copy is the newest."""
 
 
 def create_ledger(path: Path, owner: bytes) -> None:
@@ -52,6 +55,12 @@ def create_ledger(path: Path, owner: bytes) -> None:
     # Its owner's alone: it says which rounds this device took part in.
     if not write_once(path, _header(owner), mode=0o600):
         raise ParameterError(f"there is a ledger at {path.name} already")
+
+
+def is_ledger_of(path: Path, owner: bytes) -> bool:
+    """Whether the file begins as a ledger of the device with this public key does. Raises OSError."""
+    with path.open("rb") as file:
+        return file.read(_RECORD_BYTES) == _header(owner)
 
 
 class Ledger:
@@ -112,13 +121,13 @@ class Ledger:
             raise ParameterError("an anchored head has a number of entries and 32 bytes")
         if anchored.entries >= len(self._links):
             raise LedgerDamaged(
-                f"the ledger was rolled back: {self.head.entries} entries, but {anchored.entries} were anchored. Put "
-                "the newest copy of this device's directory back, or enrol it anew, with a new identity"
+                f"the ledger was rolled back: {self.head.entries} entries, but {anchored.entries} were anchored. "
+                f"{PUT_BACK}"
             )
         if self._links[anchored.entries] != anchored.link:
             raise LedgerDamaged(
                 f"the ledger forked: entry {anchored.entries} is not the one that was anchored. An old copy of this "
-                "device's directory was used, or two copies are: enrol it anew, with a new identity"
+                f"device's directory was used, or two copies are: {_ANEW}"
             )
 
     def draw(

@@ -438,6 +438,8 @@ class Loop:
         self._deliveries.expire()
         if not self._rounds.training:
             self._rounds.look_at_policy()
+            if self._rounds.look_at_disk():
+                self._take_models()  # there was no room for them either
             self._deliveries.retry()
 
     def _due_s(self) -> float:

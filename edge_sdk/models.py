@@ -73,6 +73,12 @@ class Models:
         """Whether a model of the task is on its way."""
         return task in self._wanted
 
+    @property
+    def missing_bytes(self) -> int:
+        """What of the models that are on their way, of all tasks, the disk does not hold yet."""
+        refs = {ref for wanted in self._wanted.values() for ref in (wanted.bundle, wanted.parameters)}
+        return sum(self._fetches.missing_bytes(ref) for ref in refs)
+
     def want(self, model: Model, state: TaskState) -> None:
         """The task's newest model is this one, whose signature was checked."""
         here, wanted = self.here.get(model.task), self._wanted.get(model.task)

@@ -123,19 +123,45 @@ def default_policy_toml(
     Raises ParameterError on a key that is not 32 bytes, no publisher, or a name that is no task's or comes twice.
     """
     names = list(tasks)
-    for name in names:
-        if not re.match(_TASK_PATTERN, name):  # before it is written into TOML, where it could say anything
-            raise ParameterError(f"policy: {name!r} is no task's name")
+    added = _default_tasks(names)
     text = _DEFAULT.format(
         protects=protects,
         authorities=_hex_list("authority", [authority]),
         operators=_hex_list("operator", [operator]),
         publishers=_hex_list("publisher", list(publishers)),
-    ) + "".join(_DEFAULT_TASK.format(task=name) for name in names)
+    ) + "".join(added)
     if not names:
         text += "\n[tasks]\n"
     Policy.from_toml(text)
     return text
+
+
+def allow_tasks(text: str, tasks: Iterable[str]) -> str:
+    """A policy's TOML with the tasks that it does not list behind what is there, each with what a task may cost on a
+    device that joins. What it lists already stays as its owner has it, and so does the lifetime's budget.
+
+    Raises ParameterError on a policy that cannot be read, a name that is no task's, or TOML to which nothing can be
+    added: with what its owner has to write.
+    """
+    listed = Policy.from_toml(text).tasks
+    added = "".join(_default_tasks(name for name in dict.fromkeys(tasks) if name not in listed))
+    if not added:
+        return text
+    longer = (text if text.endswith("\n") else text + "\n") + added
+    try:
+        Policy.from_toml(longer)
+    except ParameterError as error:
+        raise ParameterError(
+            f"policy: nothing can be added to it, for its tasks stand in an inline table. Write there, in TOML: {added}"
+        ) from error
+    return longer
+
+
+def _default_tasks(names: Iterable[str]) -> list[str]:
+    for name in (names := list(names)):
+        if not re.match(_TASK_PATTERN, name):  # before it is written into TOML, where it could say anything
+            raise ParameterError(f"policy: {name!r} is no task's name")
+    return [_DEFAULT_TASK.format(task=name) for name in names]
 
 
 def default_policy(tasks: Iterable[str]) -> Policy:

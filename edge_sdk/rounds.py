@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from edge_sdk import events
 from edge_sdk.clock import Clock
-from edge_sdk.contributing import Contributing, check_fits
+from edge_sdk.contributing import Contributing, NoRoom, check_fits, stored_bytes
 from edge_sdk.delivering import Deliveries
 from edge_sdk.errors import PeerError, RoundAborted, SordinoError
+from edge_sdk.files import SPARE_DISK_BYTES
 from edge_sdk.models import Here, Models
 from edge_sdk.privacy.ledger_entry import LedgerDamaged
 from edge_sdk.protocol import contributor
@@ -38,7 +39,8 @@ class _Entered:
 class Rounds:
     """At most one round of each task is under way, and one at a time trains.
 
-    What is refused is looked at again when the ticket, the policy file or the enrolment changes.
+    What is refused is looked at again when the ticket, the policy file or the enrolment changes; what the disk has no
+    room for, when it has.
     """
 
     def __init__(
@@ -67,6 +69,8 @@ class Rounds:
         self._tickets: dict[str, Signed] = {}
         self._entered: dict[str, _Entered] = {}
         self._refused: dict[str, tuple[object, ...]] = {}
+        self._no_room: dict[str, Round] = {}
+        """Rounds that wait for room on the disk: their owner was told."""
         self._training: str | None = None
         self._stamp: tuple[int, ...] = ()
 
@@ -77,13 +81,15 @@ class Rounds:
 
     @property
     def ready(self) -> bool:
-        """Whether a round is entered that waits for nothing but its model."""
-        return any(not entered.waits for entered in self._entered.values())
+        """Whether there is a round that waits for nothing but its model, or for room on the disk."""
+        return bool(self._no_room) or any(not entered.waits for entered in self._entered.values())
 
     def on_ticket(self, task: str, ticket: Signed | None) -> None:
         """The ticket of the task's open round, or that none is open. Raises LedgerDamaged."""
         if ticket is None:
             self._tickets.pop(task, None)
+            if task not in self._entered:
+                self._no_room.pop(task, None)
         else:
             self._tickets[task] = ticket
             self._consider(task)
@@ -102,6 +108,18 @@ class Rounds:
             self._stamp = stamp
             for task in list(self._tickets):
                 self._consider(task)
+
+    def look_at_disk(self) -> bool:
+        """Tickets that were left alone for want of room are looked at again if there is some, or if they closed.
+
+        Returns whether one was entered. Raises as `on_ticket`, and OSError from the disk.
+        """
+        for task, round_ in list(self._no_room.items()):
+            if task not in self._entered and (self._has_room(round_) or self._clock.time_s() >= round_.ticket.closes_s):
+                self._consider(task)
+                if task in self._entered:
+                    return True
+        return False
 
     def on_abort(self, signed: Signed, tid: bytes) -> None:
         """An abort of the round with this ticket. Raises PeerError if the coordinator did not sign it."""
@@ -145,6 +163,12 @@ class Rounds:
                 entered.waits = reason
                 continue
             entered.waits = ""
+            try:
+                self._check_room(entered.training.round)
+            except NoRoom as error:  # since the coin was tossed
+                self._wait_for_room(task, entered.training.round, str(error))
+                continue
+            self._no_room.pop(task, None)
             self._contribute(task, entered, here)
             return True
         return False
@@ -171,14 +195,18 @@ class Rounds:
                 raise PeerError("this device is not in the epoch's roster yet")
             rules = self._rules.read()
             manifest = self._models.manifest(task, round_.ticket.bundle)
-            training = own.enter(round_, rules, manifest, self._clock.time_s())
+            training = own.enter(round_, rules, manifest, self._clock.time_s(), self._check_room)
         except LedgerDamaged:  # nothing mends a ledger while the device runs
             raise
+        except NoRoom as error:
+            self._wait_for_room(task, round_, str(error))
+            return
         except (SordinoError, OSError) as error:
             if isinstance(error, OSError):
                 self._rules.close()
             self._refuse(task, tid, number, str(error))
             return
+        self._no_room.pop(task, None)
         if training is None:
             self._reporting.emit(events.SatOut(task, number))
             self._reporting.outcome(task, number, "sat-out", "this device's coin said no")
@@ -227,14 +255,39 @@ class Rounds:
 
     def _give_up(self, task: str, entered: _Entered, reason: str) -> None:
         del self._entered[task]
+        self._no_room.pop(task, None)
         self._tasks[task].leave(entered.training)
         self._reporting.dropped(entered.training.round.ticket, reason)
+
+    def _needed_bytes(self, round_: Round) -> int:
+        """What goes to the disk before the round's contribution is stored: also what else is on its way there."""
+        rounds = {entered.training.round.tid: entered.training.round for entered in self._entered.values()}
+        rounds[round_.tid] = round_
+        return self._models.missing_bytes + sum(
+            stored_bytes(each, self._models.manifest(each.ticket.task, each.ticket.bundle)) for each in rounds.values()
+        )
+
+    def _has_room(self, round_: Round) -> bool:
+        return self._store.has_room(self._needed_bytes(round_))
+
+    def _check_room(self, round_: Round) -> None:
+        """Raises NoRoom, OSError from the disk."""
+        if not self._has_room(round_):
+            needed_mb = (self._needed_bytes(round_) + SPARE_DISK_BYTES) / 1e6
+            raise NoRoom(f"the disk has no room for the round, which needs {needed_mb:.1f} MB free: make room")
+
+    def _wait_for_room(self, task: str, round_: Round, reason: str) -> None:
+        before, self._no_room[task] = self._no_room.get(task), round_
+        if before is None or before.tid != round_.tid:
+            self._reporting.outcome(task, round_.ticket.round, "waiting", reason)
+            self._reporting.emit(events.Waiting(task, round_.ticket.round, reason))
 
     def _refuse_entered(self, task: str, reason: str) -> None:
         round_ = self._entered.pop(task).training.round
         self._refuse(task, round_.tid, round_.ticket.round, reason)
 
     def _refuse(self, task: str, tid: bytes, number: int, reason: str) -> None:
+        self._no_room.pop(task, None)
         self._refused[task] = self._view(tid)
         self._reporting.outcome(task, number, "refused", reason)
         self._reporting.emit(events.Refused(task, number, reason))

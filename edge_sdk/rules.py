@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_sdk.errors import ParameterError, PeerError
-from edge_sdk.files import reason
-from edge_sdk.ledger import Ledger
+from edge_sdk.files import reason, write_whole
+from edge_sdk.ledger import PUT_BACK, Ledger
 from edge_sdk.policy import Policy
 from edge_sdk.privacy.ledger_entry import Head, LedgerDamaged
 from edge_sdk.protocol.contributor import Idle
-from edge_sdk.protocol.messages import Header, Signed, verify
+from edge_sdk.protocol.messages import Header, Signed, decode, encode, verify
 from edge_sdk.store import Store
+
+SHOWN = "ledger.shown"
+"""The file of the header that told a run that its ledger went back or forked. For `doctor`: what it says is this
+device's own word, and is held against the ledger again."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,8 @@ class RulesFile:
         self._stamp: tuple[int, ...] | None = None
         self._rules: Rules | None = None
         self._in_use = False
-        self._shown: Head | None = None
-        """The longest head of its ledger that this device signed, as far as it was told."""
+        self._shown: tuple[Head, Signed] | None = None
+        """The longest head of its ledger that this device signed, as far as it was told, and in which header."""
 
     @property
     def stamp(self) -> tuple[int, ...]:
@@ -64,7 +68,7 @@ class RulesFile:
                 raise
             self._rules, self._stamp = Rules(policy, ledger), stamp
         if self._shown is not None:
-            self._rules.ledger.check_extends(self._shown)
+            self._check_extends(self._rules.ledger, *self._shown)
         return self._rules
 
     @contextmanager
@@ -83,22 +87,49 @@ class RulesFile:
         Raises PeerError if it is no header of ours, LedgerDamaged if the ledger is not the one that it was made with.
         """
         try:
-            header = verify(Header, self._owner, shown)
+            head = head_in(shown, self._owner)
         except PeerError as error:
             raise PeerError(f"welcome: what it shows is no header of this device: {error}") from error
-        if header.key != self._owner:
-            raise PeerError("welcome: the header that it shows names another device")
-        head = Head(header.ledger.entries, header.ledger.link)
-        if self._shown is None or head.entries > self._shown.entries:
-            self._shown = head
+        if self._shown is None or head.entries > self._shown[0].entries:
+            self._shown = head, shown
         with suppress(ParameterError):  # a policy to be mended: `read` looks again before anything is entered
-            self.read().ledger.check_extends(head)
+            self._check_extends(self.read().ledger, head, shown)
+
+    def _check_extends(self, ledger: Ledger, head: Head, shown: Signed) -> None:
+        try:
+            ledger.check_extends(head)
+        except LedgerDamaged:
+            with suppress(OSError):  # the run ends with it all the same
+                write_whole(self._directory / SHOWN, encode(shown))
+            raise
 
     def close(self) -> None:
         """Let go of the ledger; `read` opens it anew, which a failed write to it asks for."""
         if self._rules is not None:
             self._rules.ledger.close()
             self._rules = None
+
+
+def head_in(signed: Signed, owner: bytes) -> Head:
+    """The ledger's head in a contribution's header, if the device with this public key signed it as its own.
+
+    Raises PeerError.
+    """
+    header = verify(Header, owner, signed)
+    if header.key != owner:
+        raise PeerError("the header names another device")
+    return Head(header.ledger.entries, header.ledger.link)
+
+
+def read_shown(directory: Path, owner: bytes) -> Head | None:
+    """The head that ended an earlier run, if one did. Raises ParameterError on a file that no run wrote, OSError."""
+    path = directory / SHOWN
+    try:
+        return head_in(decode(Signed, path.read_bytes()), owner)
+    except FileNotFoundError:
+        return None
+    except PeerError as error:
+        raise ParameterError(f"{path} is no header of this device, which never wrote it: remove it") from error
 
 
 def check_remembers(ledger: Ledger, positions: Mapping[str, Idle]) -> None:
@@ -113,7 +144,7 @@ def check_remembers(ledger: Ledger, positions: Mapping[str, Idle]) -> None:
         if position.tid not in ledger.account.draws:
             raise LedgerDamaged(
                 f"the ledger was rolled back or replaced: it knows nothing of round {position.round} of {task}, which "
-                "this device took part in or sat out"
+                f"this device took part in or sat out. {PUT_BACK}"
             )
 
 

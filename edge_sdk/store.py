@@ -30,7 +30,7 @@ from edge_sdk.crypto.hashing import content_hash
 from edge_sdk.crypto.sealing import PREKEY_SEED_BYTES
 from edge_sdk.crypto.shamir import PRIME
 from edge_sdk.errors import ParameterError, PeerError, SordinoError
-from edge_sdk.files import open_locked, write_whole
+from edge_sdk.files import has_room, open_locked, write_whole
 from edge_sdk.protocol.anchors import Anchored, Anchors
 from edge_sdk.protocol.authority import FleetEpoch
 from edge_sdk.protocol.contributor import Contribution, Idle, Sent
@@ -209,6 +209,10 @@ class Store:
     def outbox_path(self, tid: bytes) -> Path:
         """The file of the contribution to this ticket: the masked vector and then the sealed shares."""
         return self._outbox / tid.hex()
+
+    def has_room(self, size: int) -> bool:
+        """Whether the disk takes so many bytes more, with some to spare. Raises OSError."""
+        return has_room(self._outbox, size)
 
     def save_contribution(self, sent: Sent, local: Mapping[str, F32]) -> None:
         """The contribution, the position that follows from it and the local parameters after it, in one step.
@@ -498,6 +502,17 @@ def read_positions(directory: Path) -> dict[str, Idle]:
     if not (directory / "state.db").exists():
         return {}
     return {row[0]: Idle(*row) for row in _peek(directory, "SELECT task, round, tid FROM position")}
+
+
+def read_waiting(directory: Path) -> list[Signed]:
+    """The headers of contributions that wait for their receipt, read as `read_outcomes` does; none without a state.
+
+    Raises StoreDamaged on what is no header.
+    """
+    if not (directory / "state.db").exists():
+        return []
+    with _checked("a contribution's header"):
+        return [decode(Signed, header) for (header,) in _peek(directory, "SELECT header FROM contribution")]
 
 
 def read_model(directory: Path, task: str) -> tuple[Held | None, dict[str, F32]]:

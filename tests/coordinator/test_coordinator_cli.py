@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import queue
 import signal
 import socket
@@ -11,11 +12,14 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
+from coordinator import report
 from coordinator.__main__ import _parser, main
 from coordinator.config import Config
 from coordinator.serving import serving_pid
@@ -344,7 +348,29 @@ def test_a_task_from_its_file_to_an_exported_model(operator, task_file, tmp_path
     assert [line["model"] for line in operator("model", "list", "digits")] == [0]
     page = operator("report", "digits")[0]["markdown"]
     assert "Nothing yet: no device sent anything" in page
+    for who, delta in (("ledger", planned["delta"]), ("policy", planned["policy_delta"])):
+        readers, coordinator = (
+            math.ceil(planned[f"{who}_{observer}"] * 100) / 100 for observer in ("readers", "coordinator")
+        )
+        assert f"{readers:.2f} against readers and {coordinator:.2f} against the coordinator" in page
+        assert f"at delta {delta:g}" in page
     assert "the fleet authority's key lies beside" in page
+
+
+def test_a_report_names_no_budget_by_a_policy_that_the_plan_does_not_know_and_none_where_none_is_enough(
+    operator, task_file
+):
+    operator.init()
+    operator("task", "add", task_file)
+    store = Store(operator.directory)
+    found = report.collect(store, "digits", bytes(32), (), time.time())
+    store.close()
+
+    def page(**changes):
+        return report.markdown(replace(found, planned=msgspec.structs.replace(found.planned, **changes)))
+
+    assert "by the policy that a device joins with" not in page(policy_delta=0.0)  # an earlier version's plan
+    assert "of more than any budget against readers" in page(policy_readers=math.inf)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import contextlib
 import http.client
 import json
 import logging
+import shutil
 import socket
 import ssl
 import stat
@@ -29,6 +30,7 @@ from edge_sdk.crypto.identity import Identity
 from edge_sdk.enrolment import EnrolRequest, Membership, Refused, Token, enrol_statement, join, renew, token_hash
 from edge_sdk.errors import ParameterError, PeerError, TransportError
 from edge_sdk.policy import Policy
+from edge_sdk.store import Store as DeviceStore
 
 AUTHORITY, COORDINATOR, PUBLISHER = bytes([1]) * 32, bytes([2]) * 32, bytes([3]) * 32
 
@@ -226,6 +228,41 @@ def test_a_joined_device_without_its_ledger_does_not_get_a_new_one(fleet, tmp_pa
     with pytest.raises(ParameterError, match="ledger is gone"):
         join(tmp_path / "device", token)
     assert not (tmp_path / "device" / "ledger").exists()
+
+
+@pytest.mark.parametrize(("left", "key"), [("ledger", None), ("state.db", None), ("ledger", bytes(32))])
+def test_what_another_identity_left_is_refused_before_the_token_is_spent(fleet, tmp_path, left, key):
+    """A device that forked, and whose owner removed what seemed to be in the way of joining anew."""
+    device, token = tmp_path / "device", fleet.invite()
+    join(device, fleet.invite())
+    device_store(device).close()
+    for name in {"identity.key", "enrolment.json", "ledger", "state.db"} - {left}:
+        (device / name).unlink()
+    shutil.rmtree(device / "outbox")
+    if key is not None:
+        (device / "identity.key").write_bytes(key)
+    before = files(device)
+    with pytest.raises(ParameterError, match=f"{left} .* of another identity.* in another directory"):
+        join(device, token)
+    assert files(device) == before
+    with fleet.store.reading() as rows:
+        assert rows.token(token_hash(Token.read(token).secret)).spent_by is None
+    join(tmp_path / "anew", token)
+
+
+def test_a_device_that_lost_its_enrolment_alone_joins_again_as_itself(fleet, tmp_path):
+    device = tmp_path / "device"
+    membership = join(device, fleet.invite())
+    device_store(device).close()
+    (device / "enrolment.json").unlink()
+    ledger = (device / "ledger").read_bytes()
+    assert join(device, fleet.invite()).device == membership.device
+    assert (device / "ledger").read_bytes() == ledger
+
+
+def device_store(directory) -> DeviceStore:
+    """As a device that runs opens it."""
+    return DeviceStore(directory, Identity((directory / "identity.key").read_bytes()).public_key, AUTHORITY)
 
 
 def test_a_directory_of_one_fleet_does_not_join_another(fleet, tmp_path):

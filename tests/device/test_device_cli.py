@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from scripted import EXAMPLES, TASK, World
 
-from edge_sdk import checkup, helper
+from edge_sdk import checkup, enrolment, helper, systemd
 from edge_sdk.__main__ import main
 from edge_sdk.commands import _add_tasks
 from edge_sdk.config import Config, examples_source
@@ -24,6 +24,7 @@ from edge_sdk.enrolment import Membership, Token
 from edge_sdk.errors import ParameterError
 from edge_sdk.ledger import Ledger
 from edge_sdk.models import read_identity
+from edge_sdk.policy import default_policy
 from edge_sdk.rules import read_policy
 
 
@@ -258,12 +259,12 @@ def test_tasks_that_were_named_when_joining_are_in_device_toml_once(tmp_path):
     assert {task: entry.examples for task, entry in config.tasks.items()} == {"digits": "digits.npz"}
 
 
-def token_for(path, url: str = "https://127.0.0.1:1") -> str:
+def token_for(path, url: str = "https://127.0.0.1:1", role: str = "device") -> str:
     """A token of the fleet that the directory is in. Nothing listens on this port of loopback."""
     membership = Membership.read(path)
     pins = (membership.ca, membership.authority, membership.coordinator, membership.publishers[0])
     ca, authority, coordinator, publisher = (bytes.fromhex(pin) for pin in pins)
-    return Token(url, ca, bytes(32), 1 << 32, authority, coordinator, [publisher], "device").text
+    return Token(url, ca, bytes(32), 1 << 32, authority, coordinator, [publisher], role).text
 
 
 def test_a_file_named_when_joining_is_found_from_where_the_command_is_called(lived, tmp_path, monkeypatch):
@@ -279,6 +280,41 @@ def test_a_file_named_when_joining_is_found_from_where_the_command_is_called(liv
     assert len(examples_source(lived, named["more"])()["y"]) == 24
 
 
+def test_a_task_named_when_joining_again_is_allowed_too_and_its_owner_is_told(lived):
+    policy = lived / "policy.toml"
+    before = policy.read_text().rstrip("\n")  # as an editor may leave it
+    policy.write_text(before)
+    tasks = ("--task", f"{TASK}=data:examples", "--task", "sensor=my_sensor:windows", "--task", "later")
+    told = call(main, "join", token_for(lived), "--dir", str(lived), *tasks)
+    assert (told.code, f"{policy} allows sensor, later from now on" in told.err) == (0, True)
+    assert policy.read_text().startswith(before + "\n")
+    allowed = read_policy(lived).tasks
+    assert list(allowed) == [TASK, "sensor", "later"]
+    assert allowed[TASK].limits is None  # the owner's own word stands
+    assert allowed["sensor"].limits == default_policy(["sensor"]).tasks["sensor"].limits
+    assert {finding.check: finding for finding in checkup.doctor(lived)}["policy"].ok
+    before = policy.read_bytes()
+    told = call(main, "join", token_for(lived), "--dir", str(lived), *tasks)
+    assert (told.code, "from now on" in told.err, policy.read_bytes()) == (0, False, before)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        (lambda text: text.replace(f"[tasks.{TASK}]", "", 1).replace("protects", "tasks = {}\nprotects", 1), "inline"),
+        (lambda text: "protects = 3\n" + text, "policy.toml"),
+    ],
+)
+def test_a_policy_that_a_task_cannot_be_added_to_is_left_alone_and_its_owner_is_told_what_to_write(lived, spoil, word):
+    policy, device = lived / "policy.toml", lived / "device.toml"
+    policy.write_text(spoil(policy.read_text()))
+    before = policy.read_bytes(), device.read_bytes()
+    told = call(main, "join", token_for(lived), "--dir", str(lived), "--task", "sensor=my_sensor:windows")
+    assert (told.code, word in told.err, str(policy) in told.err) == (1, True, True)
+    assert "Traceback" not in told.err
+    assert (policy.read_bytes(), device.read_bytes()) == before
+
+
 @pytest.mark.parametrize(("given", "word"), [("missing.npz", "there is no file"), ("what?", "neither")])
 def test_examples_that_cannot_be_there_are_refused_before_the_token_is_spent(lived, tmp_path, given, word):
     done = call(main, "join", token_for(lived), "--dir", str(tmp_path / "new"), "--task", f"digits={given}")
@@ -291,9 +327,32 @@ def test_a_token_that_a_joined_directory_has_no_use_for_is_not_used_in_silence(l
     told = call(main, "join", token_for(lived), "--dir", str(lived))
     assert (told.code, "the token was not used" in told.err) == (0, True)
     assert "a revoked device needs another directory" in told.err
+    assert "rolled back or forked" in told.err
     (line,) = call(main, "join", token_for(lived), "--dir", str(lived), "--json").lines
     assert (line["joined_before"], line["fleet"]) == (True, "scripted")
     assert {path.name: path.read_bytes() for path in lived.iterdir() if path.is_file()} == before
+
+
+def test_a_token_that_an_installed_helper_has_no_use_for_is_not_used_in_silence(tmp_path, monkeypatch):
+    path = World(tmp_path).directory(role="helper")
+    token = token_for(path, role="helper")
+    monkeypatch.setattr(systemd, "STATE", path)
+    monkeypatch.setattr(systemd, "install", lambda token: enrolment.join(systemd.STATE, token))
+    told = call(helper.main, "install", token)
+    assert (told.code, "has joined already, the token was not used" in told.err) == (0, True)
+    assert f"move what is in {path} away" in told.err
+    (line,) = call(helper.main, "install", token, "--json").lines
+    assert (line["joined_before"], line["role"]) == (True, "helper")
+
+    def first(token):
+        (path / "enrolment.json").write_bytes(membership)
+        return Membership.read(path)
+
+    membership = (path / "enrolment.json").read_bytes()
+    (path / "enrolment.json").unlink()
+    monkeypatch.setattr(systemd, "install", first)
+    (line,) = call(helper.main, "install", token, "--json").lines
+    assert line["joined_before"] is False
 
 
 def test_device_toml_errors_name_the_field(tmp_path):

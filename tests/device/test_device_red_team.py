@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections import namedtuple
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from scripted import TASK, World
+from scripted import START_S, TASK, World
 from training import tiny_models as tiny
 
-from edge_sdk import events, fetching, serving
+from edge_sdk import events, serving
 from edge_sdk.checkup import ledger_summary
 from edge_sdk.errors import PeerError
-from edge_sdk.fetching import SPARE_DISK_BYTES, Fetches
+from edge_sdk.fetching import Fetches
+from edge_sdk.files import SPARE_DISK_BYTES
 from edge_sdk.protocol import reference
 from edge_sdk.protocol.member import Closed, MemberState
 from edge_sdk.protocol.messages import Ticket, wrap
@@ -120,7 +122,7 @@ def test_a_disk_that_is_full_does_not_end_the_device(tmp_path, monkeypatch):
 @pytest.fixture
 def no_room(monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage(1, 1, 0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 0))
 
 
 def test_a_device_without_room_for_the_model_does_not_spin_while_the_round_is_open(tmp_path, no_room):
@@ -153,13 +155,103 @@ def test_a_device_that_is_told_of_every_round_says_that_it_is_there_all_the_same
 def test_downloads_side_by_side_leave_the_spare_disk_together(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     room = SPARE_DISK_BYTES + (3 << 20)
-    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage(room, 0, room))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(room, 0, room))
     fetches = Fetches(tmp_path / "blobs", 8 << 20, lambda: 0.5)
     first, second = Blob.of(bytes(2 << 20)), Blob.of(b"\1" * (2 << 20))
     assert fetches.file(first.ref) is None
     with pytest.raises(OSError, match="no room"):
         fetches.file(second.ref)
     fetches.close()
+
+
+class Disk:
+    """What `shutil.disk_usage` tells of every directory."""
+
+    def __init__(self, monkeypatch, free: int) -> None:
+        usage = namedtuple("usage", "total used free")
+        self.free = free
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, 0, self.free))
+
+
+def contribution_bytes(round_) -> int:
+    return round_.layout.masked_bytes + round_.share_bytes * round_.thresholds.members
+
+
+def test_a_ticket_for_which_the_disk_has_no_room_costs_nothing_and_its_owner_is_told_once(tmp_path, monkeypatch):
+    world = World(tmp_path)
+    path, key = world.directory(), world.identities[0].public_key
+    world.device(path).run_once(60)  # the model is here
+    round_ = world.ticket()
+    disk = Disk(monkeypatch, SPARE_DISK_BYTES + contribution_bytes(round_) - 1)
+    empty = (path / "ledger").read_bytes()
+    heard = []
+
+    def tell_again(event):
+        heard.append(event)
+        if isinstance(event, events.Welcomed):
+            world.send(key, world.welcome(key))
+
+    for _ in range(2):
+        report = world.device(path, on_event=tell_again).run_once(300)
+        assert [reason.partition(" for ")[0] for reason in reasons(report, events.Waiting)] == ["the disk has no room"]
+        assert (path / "ledger").read_bytes() == empty  # not even a coin
+        assert world.device(path).status[TASK].what == "waiting"
+    disk.free += 1
+    assert world.device(path).run_once(60).count(events.Delivered) == 1
+    lifetime = ledger_summary(path).lifetime
+    assert (lifetime.rounds_entered, lifetime.rounds_sent) == (1, 1)
+
+
+def test_a_ticket_that_waited_for_room_is_entered_in_the_same_run_when_there_is_room_for_its_model_too(
+    tmp_path, monkeypatch
+):
+    world = World(tmp_path)
+    path = world.directory()
+    disk = Disk(monkeypatch, SPARE_DISK_BYTES)
+    round_, model = world.ticket(), len(world.bundle_bytes) + 4 * world.bundle.dimension
+    turn, seen = world.turn, []
+
+    def freeing():
+        elapsed_s = world.time.now_s - START_S
+        if elapsed_s >= 30:  # after the Welcome, and before the next one
+            disk.free = SPARE_DISK_BYTES + model + contribution_bytes(round_) - (elapsed_s < 80)
+        seen.append(((path / "ledger").stat().st_size, elapsed_s))
+        turn()
+
+    world.turn = freeing
+    report = world.device(path).run_once(300)
+    assert (report.count(events.Waiting), report.count(events.Delivered)) == (1, 1)
+    assert {size for size, elapsed_s in seen if elapsed_s < 80} == {512}  # no coin
+    assert report.seconds < 90  # it does not wait for the next Welcome to look for the model again
+    assert ledger_summary(path).lifetime.rounds_entered == 1
+
+
+def test_a_ticket_that_closes_while_it_waits_for_room_has_cost_nothing(tmp_path, monkeypatch):
+    world = World(tmp_path)
+    path = world.directory()
+    Disk(monkeypatch, 0)
+    world.ticket()
+    report = world.device(path).run_once(3000)
+    assert report.count(events.Waiting) == 1
+    assert "has closed" in reasons(report, events.Refused)[-1]
+    assert report.seconds < 1500
+    assert ledger_summary(path).entries == 0
+
+
+def test_a_round_whose_coin_is_tossed_already_trains_when_there_is_room_again_and_is_charged_once(
+    tmp_path, monkeypatch
+):
+    world = World(tmp_path)
+    path = world.directory()
+    world.ticket()
+    world.device(path, conditions=lambda: "not charging").run_once(60)
+    assert ledger_summary(path).lifetime.rounds_entered == 1
+    disk = Disk(monkeypatch, SPARE_DISK_BYTES)
+    report = world.device(path).run_once(60)
+    assert (report.count(events.Waiting), report.count(events.Training)) == (1, 0)
+    disk.free = 1 << 30
+    assert world.device(path).run_once(60).count(events.Delivered) == 1
+    assert ledger_summary(path).entries == 2
 
 
 # --- models

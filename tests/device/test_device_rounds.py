@@ -26,6 +26,7 @@ class Offered:
 
     def __init__(self, world):
         self._world, self.here, self.wanted = world, {}, False
+        self.missing_bytes = 0
 
     def come(self):
         parameters = self._world.parameters.astype("<f4").tobytes()

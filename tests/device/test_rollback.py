@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,13 @@ import pytest
 from msgspec.structs import replace
 from scripted import World
 
-from edge_sdk import events
+from edge_sdk import checkup, enrolment, events
+from edge_sdk.enrolment import Membership, Token
+from edge_sdk.ledger import Ledger
 from edge_sdk.privacy.ledger_entry import LedgerDamaged
 from edge_sdk.protocol.messages import Anchor, Header, Receipt, Signed, decode, encode, sign
+from edge_sdk.rules import read_policy
+from edge_sdk.store import Store
 from edge_sdk.transport.wire import Hello, Upload, Welcome, decode_down, encode_frame
 
 WHAT_TO_DO = "newest copy of this device's directory back, or enrol it anew"
@@ -52,6 +57,73 @@ def rolled_back(tmp_path) -> tuple[World, Path, Path]:
     return world, path, tmp_path / "new"
 
 
+def ledger_finding(path: Path) -> tuple[bool | None, str]:
+    """What `doctor` says of the ledger."""
+    (found,) = (finding for finding in checkup.doctor(path) if finding.check == "ledger")
+    return found.ok, found.detail
+
+
+def test_doctor_says_what_the_coordinator_told_until_the_newest_copy_is_back(rolled_back):
+    world, path, newest = rolled_back
+    assert ledger_finding(path)[0]  # nothing on this disk shows it
+    with pytest.raises(LedgerDamaged):
+        world.device(path).run_once(60)
+    ok, detail = ledger_finding(path)
+    assert (ok, "rolled back: 2 entries, but 5 were anchored" in detail, WHAT_TO_DO in detail) == (False, True, True)
+    for name in ("ledger", "state.db"):
+        shutil.copyfile(newest / name, path / name)
+    assert ledger_finding(path) == (True, "6 entries, every link is right")
+    assert world.device(path).run_once(60).reason == "done"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xc1", encode(Signed(b"any", bytes(64)))], ids=["empty", "rubbish", "other"]
+)
+def test_doctor_believes_no_file_that_holds_no_header_of_this_device(rolled_back, content):
+    _, path, _ = rolled_back
+    (path / "ledger.shown").write_bytes(content)
+    ok, detail = ledger_finding(path)
+    assert (ok, "ledger.shown" in detail, "remove it" in detail) == (False, True, True)
+
+
+def test_a_disk_that_is_full_does_not_hide_a_rollback_from_the_run_that_is_told(rolled_back, monkeypatch):
+    world, path, _ = rolled_back
+
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("edge_sdk.rules.write_whole", full)
+    with pytest.raises(LedgerDamaged, match="rolled back: 2 entries"):
+        world.device(path).run_once(60)
+
+
+def test_doctor_holds_the_ledger_against_the_header_that_waits_in_the_outbox(tmp_path):
+    """Two copies of a device lived through one round, and the ledger of one came beside the state of the other."""
+    world = World(tmp_path)
+    path, clone = world.directory(), tmp_path / "clone"
+    world.receipts = False
+    shutil.copytree(path, clone)
+    world.ticket()
+    for copy in (path, clone):
+        assert world.device(copy).run_once(10).count(events.Contributed) == 1
+        assert ledger_finding(copy)[0]
+        world.time.now_s += 100
+    shutil.copyfile(clone / "ledger", path / "ledger")
+    ok, detail = ledger_finding(path)
+    assert (ok, "forked: entry 1" in detail, "enrol it anew" in detail) == (False, True, True)
+
+
+def test_doctor_says_what_to_do_about_a_ledger_that_the_state_knows_more_of(tmp_path):
+    world = World(tmp_path)
+    path = world.directory()
+    before = (path / "ledger").read_bytes()
+    contributed(world, path, 0)
+    (path / "ledger").write_bytes(before)
+    ok, detail = ledger_finding(path)
+    assert (ok, "knows nothing of round 0 of tiny" in detail, "newest copy" in detail) == (False, True, True)
+    assert "enrol it anew" in detail
+
+
 @pytest.mark.parametrize("way", ["run", "run_once"])
 def test_a_device_whose_whole_disk_went_back_is_told_by_its_own_header_and_enters_nothing(rolled_back, way):
     world, path, newest = rolled_back
@@ -64,6 +136,38 @@ def test_a_device_whose_whole_disk_went_back_is_told_by_its_own_header_and_enter
     assert {type(event) for event in heard} == {events.Online}
     put_back(path, newest)  # its owner found the newest copy: nothing was lost
     assert world.device(path).run_once(60).count(events.Delivered) == 1
+
+
+def test_a_run_that_ended_with_a_fork_lets_go_of_the_directory_and_says_where_to_join_anew(tmp_path):
+    """In one process, where no lock is given back by its end."""
+    world = World(tmp_path)
+    path, clone, key = world.directory(), tmp_path / "clone", world.identities[0].public_key
+    contributed(world, path, 0)
+    shutil.copytree(path, clone)
+    world.shown = contributed(world, path, 1)
+    world.time.now_s += 100
+    world.mute = {Hello}
+
+    def enter(event: events.Event) -> None:
+        if isinstance(event, events.Online):
+            world.send(key, world.welcome(key, shown=None))
+
+    world.device(clone, on_event=enter).run_once(10)
+    world.mute = set()
+    device = world.device(clone)
+    for way in (device.run, device.run_once):
+        with pytest.raises(LedgerDamaged, match=r"forked: entry 3 .* enrol it anew.* in another directory"):
+            way()
+    policy = read_policy(clone)
+    with (
+        Store(clone, key, world.authority.public_key),
+        Ledger(clone / "ledger", key, policy.protects, policy.lifetime) as ledger,
+    ):
+        assert ledger.head.entries == 4
+    membership = Membership.read(clone)
+    pins = [bytes.fromhex(pin) for pin in (membership.ca, membership.authority, membership.coordinator)]
+    token = Token("https://localhost:1", pins[0], bytes(32), 1 << 32, *pins[1:], [bytes(32)], "device").text
+    assert enrolment.join(clone, token) == membership  # it is that device for good: another one is in another directory
 
 
 def test_a_device_that_is_told_while_no_round_is_open_takes_no_news_either(rolled_back):
@@ -148,6 +252,7 @@ def test_a_welcome_that_shows_no_header_of_this_device_is_dropped_and_ends_nothi
     assert not report.count(events.Welcomed)
     assert any("dropped: welcome: " in event.reason for event in report.events if isinstance(event, events.Warned))
     assert (path / "ledger").read_bytes() == ledger
+    assert not (path / "ledger.shown").exists()
     world.shown = own
     assert world.device(path).run_once(60).count(events.Delivered) == 1
 
