@@ -23,11 +23,10 @@ import socket
 import ssl
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import paho.mqtt.client as paho
@@ -35,8 +34,9 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from edge_sdk.errors import ParameterError, TransportError
+from edge_sdk.errors import ParameterError
 from edge_sdk.transport import DEVICE_NAME, Connected, Inbound, Lost
+from edge_sdk.transport.queues import FRAME_OVERHEAD_BYTES, Queues
 from edge_sdk.transport.wire import MAX_FRAME_BYTES, Leaving, encode_frame
 
 log = logging.getLogger(__name__)
@@ -60,8 +60,6 @@ PACKETS_AT_ONCE = 64
 """Packets between two looks at everything else."""
 MAX_PACKET_BYTES = 1 << 20
 """Of an MQTT packet to a device. One that announces more, up to 256 MB in MQTT 3.1.1, ends the connection unread."""
-FRAME_OVERHEAD_BYTES = 256
-"""What a queued frame takes besides its bytes, about: a flood of empty frames is bounded too."""
 
 _PORTS = {"mqtts": 8883, "mqtt": 1883}
 
@@ -220,7 +218,7 @@ class _Refused(Exception):
     """The broker does not want us, or we do not trust it."""
 
 
-class _Link(Generic[T]):
+class _Link(Queues[T]):
     """A connection to the broker that is kept up by a thread of its own. `T` is what a frame becomes for the reader.
 
     accept: turns topic and payload into an item for the reader, None for what is not meant for us. It runs on the
@@ -265,23 +263,9 @@ class _Link(Generic[T]):
         self._will = will
         self._keepalive_s = keepalive_s
         self._in_flight = in_flight
-        self._queue_bytes = queue_bytes
         self._backoff = backoff
-
-        self._lock = threading.Lock()
-        self._arrived = threading.Condition(self._lock)
-        # Under the lock:
-        self._inbox: deque[tuple[int, T | Connected | Lost]] = deque()
-        self._inbox_bytes = 0
-        self._outbox: deque[tuple[str, bytes]] = deque()
-        self._unsent_bytes = 0
-        self._is_up = False
-        self._is_closed = False
-        self._waits_for_room = False
-        self._room_bytes = -1
-        """Whoever waits in `receive` is woken when no more than this is unsent."""
-        self._dropped = 0
-        self._ignored = 0
+        super().__init__(queue_bytes)
+        self._waits_for_room = False  # under the lock
         # Of the network thread alone:
         self._sent: dict[int, int] = {}
         self._answered = False
@@ -305,64 +289,22 @@ class _Link(Generic[T]):
     # For the owner's thread.
 
     def send(self, topic: str, frame: bytes) -> None:
-        if len(frame) > MAX_FRAME_BYTES:
-            log.warning("dropped a frame of %d bytes to %s: the limit is %d", len(frame), topic, MAX_FRAME_BYTES)
-        with self._lock:
-            if self._is_closed:
-                raise TransportError("the link was closed")
-            cost = len(frame) + FRAME_OVERHEAD_BYTES
-            if not self._is_up or len(frame) > MAX_FRAME_BYTES or self._unsent_bytes + cost > self._queue_bytes:
-                self._dropped += 1
-                return
-            idle = not self._outbox  # else it was woken, or waits for the broker
-            self._outbox.append((topic, bytes(frame)))
-            self._unsent_bytes += cost
-        if idle:
-            self._wake()
+        self._send(topic, frame)
 
     def receive(self, timeout_s: float, most: int, room_bytes: int | None = None) -> list[T | Connected | Lost]:
+        taken = self._receive(timeout_s, most, room_bytes)
         with self._lock:
-            self._room_bytes = -1 if room_bytes is None else room_bytes
-            self._arrived.wait_for(lambda: self._inbox or self._is_closed or self._has_room(), timeout_s)
-            self._room_bytes = -1
-            if self._is_closed:
-                raise TransportError("the link was closed")
-            taken = [self._inbox.popleft() for _ in range(min(most, len(self._inbox)))]
-            self._inbox_bytes -= sum(cost for cost, _ in taken)
             has_room = self._waits_for_room and self._inbox_bytes < self._queue_bytes
         if has_room:
             self._wake()
-        return [item for _, item in taken]
-
-    @property
-    def unsent_bytes(self) -> int:
-        with self._lock:
-            return self._unsent_bytes
-
-    @property
-    def dropped(self) -> int:
-        with self._lock:
-            return self._dropped
-
-    @property
-    def ignored(self) -> int:
-        with self._lock:
-            return self._ignored
+        return taken
 
     def close(self) -> None:
-        with self._lock:
-            was_up, self._is_closed = self._is_up, True
-            self._inbox.clear()
-            self._inbox_bytes = 0
-            self._arrived.notify_all()
+        was_up = self._close()
         self._closing.set()
         self._wake()
         # A thread that is inside a connection attempt ends by itself when that does; nobody needs to wait for it.
         self._thread.join(FLUSH_S + 1.0 if was_up else 0.5)
-
-    def _has_room(self) -> bool:
-        # With the lock.
-        return self._unsent_bytes <= self._room_bytes
 
     # For the network thread.
 
@@ -526,15 +468,6 @@ class _Link(Generic[T]):
             self._waits_for_room = self._inbox_bytes >= self._queue_bytes
             return self._waits_for_room
 
-    def _put_event(self, event: Connected | Lost) -> None:
-        # With the lock. An event replaces one that nobody has read and that says no more than history.
-        if self._inbox and isinstance(self._inbox[-1][1], Connected) and isinstance(event, Lost):
-            self._inbox.pop()
-        if self._inbox and isinstance(self._inbox[-1][1], Lost) and isinstance(event, Lost):
-            self._inbox.pop()
-        self._inbox.append((0, event))
-        self._arrived.notify_all()
-
     def _up(self) -> None:
         self._up_since_s = time.monotonic()
         self._said = None
@@ -546,9 +479,8 @@ class _Link(Generic[T]):
     def _down(self, reason: str) -> None:
         with self._lock:
             self._is_up = False
-            self._dropped += len(self._outbox) + len(self._sent)
-            self._outbox.clear()
-            self._unsent_bytes = 0
+            self._drop_outbox()
+            self._dropped += len(self._sent)
             self._sent.clear()
             if reason == self._said:
                 return
@@ -609,19 +541,14 @@ class _Link(Generic[T]):
                 # One call of paho's reads several packets: what comes with the frame that filled the queue is kept.
                 self._dropped += 1
             else:
-                cost = len(payload) + FRAME_OVERHEAD_BYTES
-                self._inbox.append((cost, item))
-                self._inbox_bytes += cost
-                self._arrived.notify_all()
+                self._put(len(payload) + FRAME_OVERHEAD_BYTES, item)
 
     def _on_publish(
         self, _client: paho.Client, _data: Any, mid: int, _code: ReasonCode, _properties: Properties | None
     ) -> None:
         cost = self._sent.pop(mid, 0)
         with self._lock:
-            self._unsent_bytes = max(0, self._unsent_bytes - cost)
-            if self._has_room():
-                self._arrived.notify_all()
+            self._take(cost)
 
     def _on_error(self, text: str) -> None:
         self._last_error = text

@@ -8,7 +8,8 @@ from parties import DEADLINE_S
 from coordinator.broker.inside import InsideHub
 from edge_sdk.errors import ParameterError, TransportError
 from edge_sdk.transport import Connected, Inbound, Lost
-from edge_sdk.transport.mqtt import BATCH, FRAME_OVERHEAD_BYTES
+from edge_sdk.transport.mqtt import BATCH
+from edge_sdk.transport.queues import FRAME_OVERHEAD_BYTES
 from edge_sdk.transport.wire import MAX_FRAME_BYTES
 
 ALICE, BOB = "aa" * 32, "bb" * 32
