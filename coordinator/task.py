@@ -84,6 +84,7 @@ from coordinator.store import Store
 from coordinator.toml_file import KeyPath, place, tables
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import ParameterError, PeerError
+from edge_sdk.files import read_text, reason
 from edge_sdk.policy import default_policy
 from edge_sdk.privacy.mechanism import METRICS, Mechanism
 from edge_sdk.privacy.rdp import Budget, Sampling
@@ -503,9 +504,9 @@ def check_task(
     Raises ParameterError with the place and the remedy; PeerError that names the fault of the bundle.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParameterError(f"{path}: {error}") from error
+        text = read_text(path)
+    except (OSError, ParameterError) as error:
+        raise ParameterError(f"{path}: {reason(error)}") from error
     task = Task.from_toml(text, path.name)
     with store.reading() as t:
         t.check_new(task.name)  # before the planning, which takes its time

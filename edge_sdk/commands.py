@@ -180,9 +180,9 @@ def _add_tasks(directory: Path, tasks: dict[str, str]) -> None:
             added += f"\n[tasks.{msgspec.json.encode(task).decode()}]\n"
             added += f"examples = {msgspec.json.encode(examples).decode()}\n"
     if added:
-        from edge_sdk.files import write_whole
+        from edge_sdk.files import read_text, write_whole
 
-        write_whole(path, (path.read_text() + added).encode())
+        write_whole(path, (read_text(path) + added).encode())
         Config.read(directory)
 
 

@@ -256,6 +256,17 @@ def test_an_error_in_coordinator_toml_names_line_and_key(operator, old, new, mes
     assert "coordinator.toml" in operator("status", code=1)
 
 
+def test_coordinator_toml_may_begin_with_the_mark_that_some_editors_put_in_front(operator):
+    operator("init")
+    path = operator.directory / "coordinator.toml"
+    text, before = path.read_text(), Config.read(operator.directory)
+    path.write_text("\ufeff" + text, encoding="utf-8")
+    assert Config.read(operator.directory) == before
+    path.write_text(text, encoding="utf-16")
+    with pytest.raises(ParameterError, match=r"coordinator\.toml: not UTF-8 .*: save it as UTF-8"):
+        Config.read(operator.directory)
+
+
 # Who is in
 
 

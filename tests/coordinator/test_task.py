@@ -177,6 +177,17 @@ def test_a_task_is_planned_once_and_found_again(store, directory):
     assert (model.number, model.parent, model.clip) == (0, None, 0.5)
 
 
+def test_a_task_file_may_begin_with_the_mark_that_some_editors_put_in_front(store, directory):
+    path = directory / "task.toml"
+    path.write_text("\ufeff" + SMALL.lstrip(), encoding="utf-8")
+    add_task(store, path)
+    with store.reading() as t:
+        assert t.task("tiny").toml == SMALL.lstrip()
+    path.write_text(SMALL, encoding="utf-16")
+    with pytest.raises(ParameterError, match=r"task\.toml: not UTF-8 .*: save it as UTF-8"):
+        check_task(store, path, corrupt_devices=2)
+
+
 def test_a_task_that_devices_take_part_in_as_they_joined_has_no_warnings(store, directory):
     assert check_task(store, directory / "task.toml", corrupt_devices=2).warnings == []
 
