@@ -608,7 +608,8 @@ class Server:
         before, model = running.model, opened.model
         row = ModelRow(
             ticket.task, before.number + 1, *opened.files, before.parameters, tid, model.clip,
-            live.task.cohort.expected, salt, rounds.set_hash(salt, state.digest), dict(model.metrics), now_s,
+            live.task.cohort.expected, salt, rounds.set_hash(salt, state.digest),
+            live.planned.meaningful(model.metrics), now_s,
         )  # fmt: skip
         dropped: list[bytes] = []
 
@@ -626,7 +627,16 @@ class Server:
         opened_s = ticket.closes_s - live.task.schedule.open_s
         self._batch.say(
             events.ModelPublished(
-                ticket.task, ticket.round, row.number, came, row.metrics, spent, model.clip, now_s - opened_s, reason
+                ticket.task,
+                ticket.round,
+                row.number,
+                came,
+                row.metrics,
+                spent,
+                model.clip,
+                now_s - opened_s,
+                reason,
+                live.planned.loss,
             )
         )
         if row.number >= live.task.rounds:

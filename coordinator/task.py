@@ -67,7 +67,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +102,10 @@ Tag = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-
 MAX_OPEN_S = 90 * 86400
 FIGURE_POINTS = 64
 """Rounds for which figures by PLD are worked out in advance; between two of them the next one's figure is said."""
+
+
+WITH_ANSWERS = ("cross_entropy", "binary_cross_entropy")
+"""Losses of bundles (docs/bundle.md section 2) whose graphs count right answers."""
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -318,6 +322,17 @@ class Planned(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     policy_readers: float = 0.0
     policy_coordinator: float = 0.0
     """Budgets that a ledger needs at `policy_delta`, by what a device joins with; infinite if none is enough."""
+    loss: str = ""
+    """The name of the bundle's loss; empty in plans from before it was kept."""
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether an answer can be right, so that there is an accuracy: not in a regression."""
+        return self.loss in ("", *WITH_ANSWERS)
+
+    def meaningful(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """A model's metrics less the accuracy where there is none: it would be noise around 0."""
+        return {name: value for name, value in metrics.items() if name != "accuracy" or self.has_answers}
 
     @property
     def mechanism(self) -> Mechanism:
@@ -441,6 +456,7 @@ def plan(task: Task, bundle: Bundle, roster: int, corrupt_devices: int) -> Plann
         policy_delta=made.policy_delta,
         policy_readers=made.policy_readers,
         policy_coordinator=made.policy_coordinator,
+        loss=bundle.manifest.loss,
     )
 
 

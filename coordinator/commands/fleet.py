@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from coordinator.commands.directory import open_store
-from coordinator.commands.output import print_object, print_result, say
+from coordinator.commands.output import named_metrics, print_object, print_result, say
 from edge_sdk.errors import ParameterError
 
 
@@ -116,6 +116,7 @@ def status(options: argparse.Namespace) -> int:
                         "reason": last.reason if last is not None else "",
                         "contributions": len(rows.contributions(last.tid)) if last is not None else 0,
                         "metrics": dict(newest.metrics) if newest is not None else {},
+                        "loss": planned.loss,
                         "readers_epsilon": planned.readers_epsilon(newest.number if newest is not None else 0),
                         "delta": planned.delta,
                     }
@@ -154,7 +155,7 @@ def status(options: argparse.Namespace) -> int:
     )
     print(f"  epoch {answer['epoch']} of {answer['epoch_devices']} devices" if epoch is not None else "  no epoch yet")
     for line in tasks:
-        shown = "".join(f"; {key} {value:.4g}" for key, value in line["metrics"].items())
+        shown = "".join(f"; {metric}" for metric in named_metrics(line["metrics"], line["loss"]))
         print(f"  task {line['task']}: {line['state']}, model {line['model']} of {line['rounds']}{shown}")
         if line["phase"] is not None:
             print(f"    round {line['round']}: {line['phase']} {line['reason']}".rstrip())

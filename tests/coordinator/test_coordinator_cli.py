@@ -6,6 +6,7 @@ import logging
 import queue
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -20,6 +22,7 @@ from coordinator.__main__ import _parser, main
 from coordinator.config import Config
 from coordinator.serving import serving_pid
 from coordinator.store import Store
+from coordinator.task import Planned
 from edge_sdk import enrolment
 from edge_sdk.bundle import Bundle
 from edge_sdk.device import Device
@@ -356,6 +359,44 @@ def test_a_task_from_its_file_to_an_exported_model(operator, task_file, tmp_path
     page = operator("report", "digits")[0]["markdown"]
     assert "Nothing yet: no device sent anything" in page
     assert "the fleet authority's key lies beside" in page
+
+
+def publish(directory, metrics, task="digits"):
+    """A model as the server would write it, with its round left out."""
+    store = Store(directory)
+    with store.transaction() as rows:
+        before = rows.newest_model(task)
+        rows.add_model(before._replace(number=before.number + 1, parent=before.parameters, metrics=metrics))
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("loss", "metrics", "shown", "columns"),
+    [
+        ("mse", {"count": 4.0, "loss": 0.25}, "count 4, loss (mse) 0.25", "| cohort planned | loss (mse) | set hash |"),
+        ("cross_entropy", {"accuracy": 0.5, "loss": 0.25}, "accuracy 0.5, loss (cross_entropy) 0.25",
+         "| cohort planned | accuracy | loss (cross_entropy) | set hash |"),
+    ],
+)  # fmt: skip
+def test_metrics_are_called_what_they_are(operator, task_file, capsys, loss, metrics, shown, columns):
+    operator.init()
+    operator("task", "add", task_file)
+    with sqlite3.connect(operator.directory / "coordinator.db") as connection:
+        (plan,) = connection.execute("SELECT plan FROM tasks").fetchone()
+        plan = msgspec.structs.replace(Planned.decode(plan), loss=loss).encode()
+        connection.execute("UPDATE tasks SET plan = ?", (plan,))
+    publish(operator.directory, metrics)
+    line = operator("model", "list", "digits")[-1]
+    assert (line["loss"], line["metrics"]) == (loss, metrics)
+    assert operator("status")[0]["tasks"][0]["loss"] == loss
+    for words in (["model", "list", "digits"], ["status"]):
+        assert main([*words, "--dir", str(operator.directory)]) == 0
+    listed, *status = capsys.readouterr().out.splitlines()[1:]
+    assert listed.endswith(" " + shown)
+    assert status[-1] == "  task digits: running, model 1 of 4; " + shown.replace(", ", "; ")
+    page = operator("report", "digits")[0]["markdown"].splitlines()
+    (head,) = (line for line in page if columns in line)
+    assert page[-1].count("|") == head.count("|")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ taken, every receipted one among them, none counted twice.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -31,7 +32,7 @@ from fleet import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator import events
+from coordinator import events, rounds
 from coordinator import vectors as vectors_module
 from coordinator.errors import StoreError
 from coordinator.quotas import COSTLY, STOCK
@@ -826,6 +827,27 @@ def test_the_pause_between_rounds_is_kept_whatever_comes(tmp_path):
     fleet.run(fleet.saw(events.RoundOpened, 2))
     assert fleet.clock() - published_s >= 20
     finish(fleet, rounds=2)
+
+
+@pytest.mark.parametrize(("loss", "shown"), [("mse", {"loss": 0.5}), ("cross_entropy", {"accuracy": 0.1, "loss": 0.5})])
+def test_a_loss_without_right_answers_gives_no_accuracy(tmp_path, monkeypatch, loss, shown):
+    inner = rounds.next_model
+
+    def with_metrics(*given):
+        return dataclasses.replace(inner(*given), metrics={"accuracy": 0.1, "loss": 0.5})
+
+    monkeypatch.setattr(rounds, "next_model", with_metrics)
+    fleet = make(tmp_path)
+    running = fleet.server._tasks["tiny"]
+    running.planned = msgspec.structs.replace(running.planned, loss=loss)
+    fleet.run(fleet.saw(events.ModelPublished))
+    (event,) = (event for event in fleet.events if isinstance(event, events.ModelPublished))
+    assert (event.metrics, event.loss) == (shown, loss)
+    store = Store(fleet.directory)
+    with store.reading() as t:
+        assert t.newest_model("tiny").metrics == shown
+    store.close()
+    fleet.close()
 
 
 def test_the_model_is_the_coordinators_and_its_lineage_tells_no_set(tmp_path):

@@ -6,6 +6,7 @@ import inspect
 import textwrap
 from itertools import pairwise
 
+import msgspec
 import pytest
 from training import tiny_models as tiny
 
@@ -190,6 +191,21 @@ def test_a_task_file_may_begin_with_the_mark_that_some_editors_put_in_front(stor
 
 def test_a_task_that_devices_take_part_in_as_they_joined_has_no_warnings(store, directory):
     assert check_task(store, directory / "task.toml", corrupt_devices=2).warnings == []
+
+
+@pytest.mark.parametrize(("loss", "answers"), [("cross_entropy", True), ("binary_cross_entropy", True), ("", True),
+                                               ("mse", False), ("own-cross_entropy", False)])  # fmt: skip
+def test_a_plan_knows_by_its_bundles_loss_whether_answers_can_be_right(store, directory, loss, answers):
+    """A plan from before the loss was kept says what it did."""
+    planned = add_task(store, directory / "task.toml")
+    assert planned.loss == "cross_entropy"
+    assert msgspec.structs.replace(planned, loss=loss).has_answers is answers
+
+
+def test_a_plan_from_before_the_loss_was_kept_is_read(store, directory):
+    planned = add_task(store, directory / "task.toml")
+    fields = msgspec.msgpack.decode(planned.encode())
+    assert Planned.decode(msgspec.msgpack.encode(fields[:-1])) == msgspec.structs.replace(planned, loss="")
 
 
 def test_a_tag_that_no_enrolled_device_bears_is_said(store, directory):
