@@ -300,8 +300,9 @@ class Planned(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     """What planning made of a task: all that tickets need, and figures, so that the server plans nothing.
 
     bundle: its hash.  dimension: of the integer vector.  readers, coordinator: (rounds, epsilon by PLD) at `delta`,
-    for so many published models, or for a device that sent in so many rounds; ascending.  ledger_readers,
-    ledger_coordinator: budgets that a device's ledger needs, at `delta`.  text: for people.
+    for so many published models, or for a device that sent in so many rounds; ascending, up to the task's rounds, or to
+    as many as a device sends in but once in 10^9.  ledger_readers, ledger_coordinator: budgets that a device's ledger
+    needs, at `delta`.  text: for people.
     """
 
     bundle: bytes
@@ -435,11 +436,20 @@ def plan(task: Task, bundle: Bundle, roster: int, corrupt_devices: int) -> Plann
             None if epsilon is None else Budget(epsilon, privacy.delta)
             for epsilon in (wanted.readers, wanted.coordinator)
         )
-        target = planner.Target(readers, coordinator, wanted.method)
+        with _about("privacy", "target"):
+            target = planner.Target(readers, coordinator, wanted.method)
     with _about("privacy", "noise_multiplier" if privacy.target is None else "target"):
         made = planner.make_plan(work, cohort, target)
-    points = sorted({math.ceil(task.rounds * k / FIGURE_POINTS) for k in range(1, FIGURE_POINTS + 1)})
-    figures = [accounting.planned(made.mechanism, work.sampling, k, k, privacy.delta) for k in points]
+    observed = (made.mechanism, work.sampling)
+    against_readers = [
+        (k, accounting.planned(*observed, k, 0, privacy.delta).readers.epsilon) for k in _points(task.rounds)
+    ]
+    if privacy.device_rate == 1:
+        against_coordinator = against_readers  # every device sends in every round: both see the same
+    else:
+        against_coordinator = [
+            (k, accounting.planned(*observed, 0, k, privacy.delta).coordinator.epsilon) for k in _points(work.sends)
+        ]
     return Planned(
         bundle=bundle.hash,
         dimension=made.mechanism.length,
@@ -448,8 +458,8 @@ def plan(task: Task, bundle: Bundle, roster: int, corrupt_devices: int) -> Plann
         groups=table.groups,
         noise=planner.noise_plan(made),
         delta=privacy.delta,
-        readers=[(k, f.readers.epsilon) for k, f in zip(points, figures, strict=True)],
-        coordinator=[(k, f.coordinator.epsilon) for k, f in zip(points, figures, strict=True)],
+        readers=against_readers,
+        coordinator=against_coordinator,
         ledger_readers=made.ledger_readers,
         ledger_coordinator=made.ledger_coordinator,
         text=str(made),
@@ -458,6 +468,11 @@ def plan(task: Task, bundle: Bundle, roster: int, corrupt_devices: int) -> Plann
         policy_coordinator=made.policy_coordinator,
         loss=bundle.manifest.loss,
     )
+
+
+def _points(rounds: int) -> list[int]:
+    """Numbers of rounds at which figures are worked out, ascending; the last one is `rounds`."""
+    return sorted({math.ceil(rounds * k / FIGURE_POINTS) for k in range(1, FIGURE_POINTS + 1)})
 
 
 def refusals(task: Task, planned: Planned) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 from training import tiny_models as tiny
 
 import coordinator.task
+from coordinator import accounting
 from coordinator.errors import StoreError
 from coordinator.store import Store
 from coordinator.task import Planned, Task, check_task, load
@@ -248,6 +249,10 @@ def test_what_devices_refuse_as_they_joined_is_said_with_the_key_of_their_policy
         ("honest = 14", "honest = 18", r"line \d+: \[cohort\] honest: a group needs h \+ F = 20 .*what would do"),
         ("noise_multiplier = 3\n", "target = {readers = 1e-9}\n",
          r"line \d+: \[privacy\] target: no noise holds this.*what would do"),
+        ("noise_multiplier = 3\n", "target = {readers = 1e6}\n",
+         r"line \d+: \[privacy\] target: readers: epsilon 1e\+06 protects nobody.*lower it to 100"),
+        ("noise_multiplier = 3", "noise_multiplier = 0.05",
+         r"line \d+: \[privacy\] noise_multiplier: .*protects nobody; what would do: more noise"),
         ("noise_multiplier = 3", "noise_multiplier = 20000", r"line \d+: \[privacy\] noise_multiplier: expected"),
         ("clip = 0.5", "clip = 1e-300", r"line \d+: \[privacy\] clip: 1e-300 is nothing"),
         ("examples = 70", "examples = 1e29", r"line \d+: \[cohort\] examples: expected"),
@@ -277,6 +282,28 @@ def test_figures_grow_with_the_rounds_and_end_with_the_plan(store, directory):
     assert all(a < b for a, b in pairwise(epsilons))
     assert planned.readers_epsilon(5) is None
     assert planned.coordinator_epsilon(4) == pytest.approx(planned.readers_epsilon(4), rel=1e-6)  # device_rate is 1
+
+
+def test_where_every_device_is_asked_both_observers_figures_are_worked_out_once(store, directory, monkeypatch):
+    asked = []
+    figures = accounting.planned
+    monkeypatch.setattr(accounting, "planned", lambda *given: asked.append(given[2:4]) or figures(*given))
+    planned = add_task(store, directory / "task.toml")
+    assert asked == [(1, 0), (2, 0), (3, 0), (4, 0)]
+    assert planned.coordinator == planned.readers
+
+
+def test_against_the_coordinator_figures_end_with_the_sends_that_a_devices_coin_allows(store, directory):
+    """Beyond them, and that is one device in 10^9, the figure by RDP holds: by PLD it would take minutes."""
+    (directory / "task.toml").write_text(
+        changed("example_rate = 0.3", "device_rate = 0.05\nexample_rate = 0.3").replace("rounds = 4", "rounds = 40")
+    )
+    planned = add_task(store, directory / "task.toml")
+    (sends, epsilon) = planned.coordinator[-1]
+    assert sends == 14
+    assert planned.readers[-1][0] == 40
+    assert epsilon > planned.readers[-1][1]
+    assert planned.coordinator_epsilon(15) is None
 
 
 def test_a_name_serves_one_task(store, directory):
