@@ -67,7 +67,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +100,15 @@ Rate = Annotated[float, Meta(gt=0.0, le=1.0)]
 Tag = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9._-]*\Z")]
 
 MAX_OPEN_S = 90 * 86400
+LEAST_CLIP, MOST_CLIP = 1e-6, 1e6
+"""Less is rounded away beside parameters of about 1, whose steps as float32 are 1e-7; more bounds nothing."""
+
+USUAL_CLIP = (1e-3, 1e3)
+"""Outside it a clip is no mistake for certain, but probably."""
+
+MOST_FOR_METRICS = 1.5
+"""What metrics may add to the noise, as a factor, without a warning."""
+
 FIGURE_POINTS = 64
 """Rounds for which figures by PLD are worked out in advance; between two of them the next one's figure is said."""
 
@@ -242,7 +251,16 @@ def _faults(task: Task) -> list[tuple[KeyPath, str]]:
         if wrong:
             found.append((tuple(path.split(".")), text))
 
-    fault(privacy.clip < 1e-9, "privacy.clip", f"{privacy.clip:g} is nothing to float32; raise it to 1e-9 or more")
+    clips = {"privacy.clip": privacy.clip}
+    if privacy.adaptive is not None:
+        clips |= {"privacy.adaptive.least": privacy.adaptive.least, "privacy.adaptive.most": privacy.adaptive.most}
+    for path, clip in clips.items():
+        fault(clip < LEAST_CLIP, path, f"{clip:g} is nothing to float32; raise it to {LEAST_CLIP:g} or more")
+        fault(
+            clip > MOST_CLIP, path, f"{clip:g} bounds nothing, and the noise grows with it; lower it to {MOST_CLIP:g}"
+        )
+    if privacy.delta > 1 / cohort.expected:
+        fault(True, "privacy.delta", _excess(privacy.delta, cohort.expected, "contributors of a round"))
     both = privacy.noise_multiplier is not None and privacy.target is not None
     neither = privacy.noise_multiplier is None and privacy.target is None
     fault(both, "privacy.noise_multiplier", "there is a target too; leave one of the two out")
@@ -256,6 +274,11 @@ def _faults(task: Task) -> list[tuple[KeyPath, str]]:
         fault(not least <= privacy.clip <= most, "privacy.clip", f"{privacy.clip} is outside [{least}, {most}]")
     if task.unit == "example":
         fault(cohort.examples == 0, "cohort.examples", "missing; say how many examples a device has on average")
+        if 0 < task.expected_units < 1:
+            examples = f"{privacy.example_rate:g} of {cohort.expected:g} x {cohort.examples:g} examples"
+            enough = _one_digit(min(1.0, privacy.example_rate / task.expected_units), math.ceil)
+            little = f"{examples} is {task.expected_units:.2g} a round: nothing to learn from; raise it to {enough:g}"
+            fault(True, "privacy.example_rate", f"{little} or more")
         fault(cohort.mean_weight != 1, "cohort.mean_weight", 'for unit "device" only; leave it out')
         for name in ("learning_rate", "epochs", "steps", "proximal", "weight_cap"):
             value = getattr(work, name)
@@ -281,6 +304,20 @@ def _faults(task: Task) -> list[tuple[KeyPath, str]]:
     short = schedule.answer_s <= schedule.grace_s
     fault(short, "schedule.answer_s", f"members must have longer than grace_s = {schedule.grace_s:g}; raise it")
     return found
+
+
+def _excess(delta: float, people: float, who: str) -> str:
+    """What is wrong with a delta that is over 1 / people."""
+    return (
+        f"{delta:g} is over 1 / {people:,g} {who}: to publish all that one of them has would be as private; lower it "
+        f"to {_one_digit(1 / people, math.floor):g} or less, 1e-06 as a rule"
+    )
+
+
+def _one_digit(value: float, towards: Callable[[float], int]) -> float:
+    """A number above 0 with all but its first digit rounded off. towards: math.floor or math.ceil."""
+    scale = 10.0 ** math.floor(math.log10(value))
+    return towards(value / scale) * scale
 
 
 def _explained(source: str, text: str, error: str) -> str:
@@ -499,6 +536,46 @@ def refusals(task: Task, planned: Planned) -> list[str]:
     return [f"the policy.toml that a device joins with {fault}" for fault in found]
 
 
+def weaknesses(task: Task, text: str, source: str, planned: Planned, people: float) -> list[str]:
+    """What of a task that can be planned is probably no wish of anybody's, with its place, for people.
+
+    text, source: the file's, and its name.  people: devices whom delta protects, as far as is known.
+    """
+    from coordinator.planner import MAX_EPSILON  # whoever planned has loaded it
+
+    privacy, found = task.privacy, []
+
+    def weak(key: str, fault: str) -> None:
+        found.append(f"{source}, {place(text, ('privacy', key))}: {fault}")
+
+    protected = people * (task.cohort.examples if task.unit == "example" else 1)
+    if privacy.delta > 1 / protected:
+        weak(
+            "delta",
+            f"{privacy.delta:g} is over 1 / {protected:,.0f} examples that it protects; as a rule it is "
+            f"{_one_digit(1 / protected, math.floor):g} or less here",
+        )
+    least, most = USUAL_CLIP
+    if not least <= privacy.clip <= most:
+        far = "below" if privacy.clip < least else "above"
+        cost = "next to nothing of them is left" if privacy.clip < least else "the noise grows with it"
+        weak("clip", f"{privacy.clip:g} is far {far} what gradients and updates measure as a rule, 0.01 to 10: {cost}")
+    whole = math.hypot(privacy.clip, privacy.metric_scale * math.sqrt(METRICS - 1 + privacy.loss_bound**2))
+    if whole > MOST_FOR_METRICS * privacy.clip:
+        weak(
+            "metric_scale",
+            f"metrics make the noise {whole / privacy.clip:.3g} times what the model alone needs; lower it, or "
+            "loss_bound",
+        )
+    if planned.ledger_coordinator > MAX_EPSILON:
+        weak(
+            "target" if privacy.target is not None else "noise_multiplier",
+            f"epsilon {planned.ledger_coordinator:.3g} against the coordinator protects nobody from it: whoever runs "
+            "it is trusted",
+        )
+    return found
+
+
 def _most_contributors(task: Task) -> int:
     """n_max, of a roster that is large enough. Six spreads: `coordinator.planner.SPREADS`, which is not loaded here."""
     cohort = task.cohort
@@ -552,6 +629,10 @@ def check_task(
     except PeerError as error:
         fault = str(error).removeprefix("bundle: ")  # the place says so
         raise PeerError(f"{path.name}, {place(text, ('bundle',))}: {fault}") from error
+    people = max(float(roster or sum(task.admits(row) for row in enrolled)), task.cohort.expected)
+    if task.privacy.delta > 1 / people:
+        where = place(text, ("privacy", "delta"))
+        raise ParameterError(f"{path.name}, {where}: {_excess(task.privacy.delta, people, 'devices')}")
     if roster is None:
         roster = max(len(enrolled), _most_contributors(task))
     try:
@@ -563,7 +644,8 @@ def check_task(
     nobodys = [
         f"participants: no enrolled device bears the tag {tag!r}" for tag in task.participants if tag not in borne
     ]
-    return Checked(task, text, planned, bundle, content, [*nobodys, *refusals(task, planned)])
+    weak = weaknesses(task, text, path.name, planned, people)
+    return Checked(task, text, planned, bundle, content, [*nobodys, *weak, *refusals(task, planned)])
 
 
 def add_task(store: Store, checked: Checked, now_s: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from itertools import pairwise
 
@@ -14,7 +15,7 @@ import coordinator.task
 from coordinator import accounting
 from coordinator.errors import StoreError
 from coordinator.store import Store
-from coordinator.task import Planned, Task, check_task, load
+from coordinator.task import Planned, Task, check_task, load, weaknesses
 from coordinator.task import add_task as add_checked
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError, PeerError
@@ -127,6 +128,24 @@ def test_every_commented_key_of_the_example_is_one():
         (changed("[optimizer]", "[work]\nepochs = 1\n[optimizer]"), r"\[work\] epochs: 1: .*one step; leave it out"),
         (changed('"example"', '"device"'), r"example_rate: for unit .example. only; leave it out"),
         (changed('name = "tiny"', 'name = "Tiny!"'), r"line 2: name: "),
+        (
+            changed("clip = 0.5", "clip = 1e-9"),
+            r"line 9: \[privacy\] clip: 1e-09 is nothing .*raise it to 1e-06 or more",
+        ),
+        (changed("clip = 0.5", "clip = 1e7"), r"line 9: \[privacy\] clip: 1e\+07 bounds nothing.*lower it to 1e\+06"),
+        (
+            changed("[cohort]", "[privacy.adaptive]\nleast = 1e-9\nmost = 2\n[cohort]"),
+            r"line 16: \[privacy.adaptive\] least: 1e-09 is nothing .*raise it",
+        ),
+        (
+            changed("[cohort]", "[privacy.adaptive]\nleast = 0.1\nmost = 1e9\n[cohort]"),
+            r"line 17: \[privacy.adaptive\] most: 1e\+09 bounds nothing.*lower it",
+        ),
+        (
+            changed("example_rate = 0.3", "example_rate = 1e-6"),
+            r"line 13: \[privacy\] example_rate: 1e-06 of 18.5 x 70 examples is 0.0013 a round.*raise it to 0.0008",
+        ),
+        (changed("delta = 1e-4", "delta = 0.5"), r"line 10: \[privacy\] delta: 0.5 is over 1 / 18.5.*lower it to 0.05"),
         (changed("rounds = 4", "rounds = "), r"not TOML: .*line 6"),
         (
             changed("[cohort]", "[privacy.adaptive]\nleast = 1\nmost = 2\n[cohort]"),
@@ -207,6 +226,64 @@ def test_a_plan_from_before_the_loss_was_kept_is_read(store, directory):
     planned = add_task(store, directory / "task.toml")
     fields = msgspec.msgpack.decode(planned.encode())
     assert Planned.decode(msgspec.msgpack.encode(fields[:-1])) == msgspec.structs.replace(planned, loss="")
+
+
+@pytest.mark.parametrize(
+    ("unit", "devices", "delta", "roster", "lower"),
+    [
+        ("example", 100, "0.02", None, "0.01"), ("example", 100, "0.01", None, None),
+        ("example", 0, "0.02", 100, "0.01"), ("example", 0, "0.02", None, None),
+    ],
+)  # fmt: skip
+def test_a_delta_that_lets_somebodys_data_out_is_refused(store, directory, unit, devices, delta, roster, lower):
+    (directory / "task.toml").write_text(changed("delta = 1e-4", f"delta = {delta}"))
+    with store.transaction() as t:
+        for number in range(devices):
+            t.add_device(bytes([number]) * 32, "device", [], 1.0)
+    if lower is None:
+        (warning,) = check_task(store, directory / "task.toml", corrupt_devices=2, roster=roster).warnings
+        assert "task.toml, line 10: [privacy] delta: " in warning
+        return
+    with pytest.raises(
+        ParameterError, match=rf"line 10: \[privacy\] delta: .*over 1 / 100 devices.*lower it to {lower}"
+    ):
+        check_task(store, directory / "task.toml", corrupt_devices=2, roster=roster)
+
+
+def test_only_devices_that_the_task_admits_count_among_those_whom_delta_protects(store, directory):
+    (directory / "task.toml").write_text(
+        changed("delta = 1e-4", "delta = 0.01").replace("rounds = 4", 'rounds = 4\nparticipants = ["oven"]')
+    )
+    with store.transaction() as t:
+        for number in range(200):
+            t.add_device(bytes([number]) * 32, "device", ["oven"] if number < 20 else [], 1.0)
+    (warning,) = check_task(store, directory / "task.toml", corrupt_devices=2).warnings
+    assert "over 1 / 1,400 examples" in warning
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "warning"),
+    [
+        ("delta = 1e-4", "delta = 1e-3",
+         r"line 10: \[privacy\] delta: 0.001 is over 1 / 1,295 examples.*0.0007 or less"),
+        ("clip = 0.5", "clip = 1e-5", r"line 9: \[privacy\] clip: 1e-05 is far below"),
+        ("clip = 0.5", "clip = 1e4", r"line 9: \[privacy\] clip: 10000 is far above"),
+        ("metric_scale = 0.05", "metric_scale = 0.5",
+         r"line 12: \[privacy\] metric_scale: metrics make the noise 2.24 times .*lower it"),
+    ],
+)  # fmt: skip
+def test_what_is_merely_weak_is_warned_of_with_its_line(store, directory, old, new, warning):
+    text = changed(old, new).replace("metric_scale = 0.05", "metric_scale = 0") if "clip" in old else changed(old, new)
+    (directory / "task.toml").write_text(text)
+    (found,) = check_task(store, directory / "task.toml", corrupt_devices=2).warnings
+    assert re.match(r"task\.toml, " + warning, found)
+
+
+def test_a_plan_whose_figure_against_the_coordinator_protects_nobody_says_whom_it_trusts(store, directory):
+    checked = check_task(store, directory / "task.toml", corrupt_devices=2)
+    planned = msgspec.structs.replace(checked.planned, ledger_coordinator=120.0)
+    (warning,) = weaknesses(checked.task, checked.text, "task.toml", planned, 20)
+    assert "epsilon 120 against the coordinator protects nobody" in warning
 
 
 def test_a_tag_that_no_enrolled_device_bears_is_said(store, directory):
