@@ -62,6 +62,7 @@ class Cohort:
 
     expected: contributors of a round, on average.  spread: their standard deviation.  roster: devices enrolled.
     honest: h.  groups: G.  corrupt: F_G, corrupt devices that one group can hold (the epoch says).
+    most: at which a round is to be sealed early, None: so many that it hardly ever is.
     """
 
     expected: float
@@ -70,6 +71,7 @@ class Cohort:
     honest: int
     corrupt: int
     groups: int = 1
+    most: int | None = None
 
     def __post_init__(self) -> None:
         """Raises ParameterError that names what is out of range."""
@@ -80,8 +82,9 @@ class Cohort:
 
     @property
     def n_max(self) -> int:
-        """Contributors at which a round is sealed early: so many that it hardly ever is."""
-        return max(2, min(self.roster, MAX_CONTRIBUTORS, math.ceil(self.expected + SPREADS * self.spread)))
+        """Contributors at which a round is sealed early."""
+        most = math.ceil(self.expected + SPREADS * self.spread) if self.most is None else self.most
+        return max(2, min(self.roster, MAX_CONTRIBUTORS, most))
 
     @property
     def largest_group(self) -> int:

@@ -447,15 +447,15 @@ def plan(task: Task, bundle: Bundle, roster: int, corrupt_devices: int) -> Plann
         raise PlanFault(("unit",), f"{task.unit!r}, and the bundle was built for {built_for!r}: build another")
     if task.work.proximal and not bundle.manifest.options.proximal:
         raise PlanFault(("work", "proximal"), "above 0, and the bundle was built without FedProx's term: build another")
-    n_max = _most_contributors(task)
     with _about("cohort", "expected"):
         cohort = planner.Cohort(
             expected=table.expected,
             spread=table.spread,
-            roster=max(2, min(n_max, roster)),
+            roster=max(2, roster),
             honest=table.honest,
             corrupt=max(1, corrupt_in_group(roster, corrupt_devices, table.groups)),
             groups=table.groups,
+            most=table.n_max,
         )
     with _about("cohort", "examples"):
         work = planner.Work(
@@ -576,6 +576,22 @@ def weaknesses(task: Task, text: str, source: str, planned: Planned, people: flo
     return found
 
 
+def capped(task: Task, enrolled: int, roster: int | None) -> str | None:
+    """What becomes of an n_max that is larger than the fleet, for people; None if nothing is known to cap it.
+
+    enrolled: devices.  roster: those that were planned for, if that was said.
+    """
+    n_max = task.cohort.n_max
+    if n_max is None:
+        return None
+    takes = "a round takes {} and is sealed then"
+    if roster is not None and roster < n_max:
+        return f"{n_max}, and the plan is for a roster of {roster}: {takes.format(roster)}, however many join"
+    if task.cohort.expected <= enrolled < n_max:  # with fewer no round opens, and `status` says why
+        return f"{n_max}, and {enrolled} devices are enrolled: {takes.format(enrolled)}, until more join"
+    return None
+
+
 def _most_contributors(task: Task) -> int:
     """n_max, of a roster that is large enough. Six spreads: `coordinator.planner.SPREADS`, which is not loaded here."""
     cohort = task.cohort
@@ -633,19 +649,20 @@ def check_task(
     if task.privacy.delta > 1 / people:
         where = place(text, ("privacy", "delta"))
         raise ParameterError(f"{path.name}, {where}: {_excess(task.privacy.delta, people, 'devices')}")
-    if roster is None:
-        roster = max(len(enrolled), _most_contributors(task))
+    planned_for = max(len(enrolled), _most_contributors(task)) if roster is None else roster
     try:
-        planned = plan(task, bundle, min(roster, MAX_ROSTER), corrupt_devices)
+        planned = plan(task, bundle, min(planned_for, MAX_ROSTER), corrupt_devices)
     except PlanFault as fault:
         raise ParameterError(f"{path.name}, {place(text, fault.path)}: {fault}") from fault
     planned = msgspec.structs.replace(planned, publisher=publisher)
     borne = frozenset[str]().union(*(row.tags for row in enrolled))
-    nobodys = [
+    warnings = [
         f"participants: no enrolled device bears the tag {tag!r}" for tag in task.participants if tag not in borne
     ]
+    if (cap := capped(task, len(enrolled), roster)) is not None:
+        warnings.append(f"{path.name}, {place(text, ('cohort', 'n_max'))}: {cap}")
     weak = weaknesses(task, text, path.name, planned, people)
-    return Checked(task, text, planned, bundle, content, [*nobodys, *weak, *refusals(task, planned)])
+    return Checked(task, text, planned, bundle, content, [*warnings, *weak, *refusals(task, planned)])
 
 
 def add_task(store: Store, checked: Checked, now_s: float) -> None:

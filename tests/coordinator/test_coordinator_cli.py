@@ -20,6 +20,7 @@ import pytest
 
 from coordinator.__main__ import _parser, main
 from coordinator.config import Config
+from coordinator.rows import EpochRow
 from coordinator.serving import serving_pid
 from coordinator.store import Store
 from coordinator.task import Planned
@@ -434,6 +435,31 @@ def test_status_says_what_a_running_task_waits_for_and_nothing_that_is_not_there
     assert last_lines() == ["  task digits: running, model 0 of 4", f"    waiting: {reason}"]
     operator("task", "pause", "digits")
     assert operator("status")[0]["tasks"][0]["waiting"] == ""
+
+
+def test_status_says_where_the_roster_caps_n_max(operator, task_file, capsys):
+    operator.init()
+    task_file.write_text(TASK.replace("n_max = 4", "n_max = 6"))
+    operator("task", "add", task_file)
+    assert operator("status")[0]["tasks"][0]["n_max"] == 6
+    assert operator("status")[0]["tasks"][0]["n_max_in_force"] is None  # no epoch yet
+    store = Store(operator.directory)
+    with store.transaction() as rows:
+        rows.add_epoch(EpochRow(1, bytes(32), b"", tuple(bytes([n]) * 32 for n in range(5)), 1.0))
+    store.close()
+    assert operator("status")[0]["tasks"][0]["n_max_in_force"] == 5
+    assert main(["status", "--dir", str(operator.directory)]) == 0
+    line = "    a round takes 5 contributors and is sealed then: n_max is 6, and the epoch has 5 devices"
+    assert capsys.readouterr().out.splitlines()[-1] == line
+
+
+def test_status_says_where_the_plan_caps_n_max(operator, task_file, capsys):
+    operator.init()
+    task_file.write_text(TASK.replace("n_max = 4", "n_max = 6"))
+    operator("task", "add", task_file, "--roster", "5")
+    assert main(["status", "--dir", str(operator.directory)]) == 0
+    line = "    a round takes 5 contributors and is sealed then: n_max is 6, and the plan is for a roster of 5"
+    assert capsys.readouterr().out.splitlines()[-1] == line
 
 
 def test_a_plan_is_what_add_says_and_starts_nothing(operator, task_file, capsys):

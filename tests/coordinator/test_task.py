@@ -286,6 +286,30 @@ def test_a_plan_whose_figure_against_the_coordinator_protects_nobody_says_whom_i
     assert "epsilon 120 against the coordinator protects nobody" in warning
 
 
+def test_an_n_max_is_taken_as_it_is_given_however_few_are_expected(store, directory):
+    (directory / "task.toml").write_text(changed("n_max = 20", "n_max = 30"))
+    assert add_task(store, directory / "task.toml").n_max == 30
+
+
+@pytest.mark.parametrize(
+    ("devices", "n_max", "roster", "says"),
+    [
+        (19, 20, None, "20, and 19 devices are enrolled: a round takes 19 and is sealed then, until more join"),
+        (0, 20, 19, "20, and the plan is for a roster of 19: a round takes 19 and is sealed then, however many join"),
+        (25, 20, None, None), (0, 20, None, None), (0, 20, 30, None), (19, None, None, None),
+        (5, 20, None, None),  # no round opens before more have joined: `status` says so
+    ],
+)  # fmt: skip
+def test_an_n_max_that_the_roster_caps_is_said(store, directory, devices, n_max, roster, says):
+    text = SMALL if n_max else changed("n_max = 20\n", "")
+    (directory / "task.toml").write_text(text.replace("honest = 14", "honest = 12"))
+    with store.transaction() as t:
+        for number in range(devices):
+            t.add_device(bytes([number]) * 32, "device", [], 1.0)
+    checked = check_task(store, directory / "task.toml", corrupt_devices=2, roster=roster)
+    assert checked.warnings == ([] if says is None else [f"task.toml, line 19: [cohort] n_max: {says}"])
+
+
 def test_a_tag_that_no_enrolled_device_bears_is_said(store, directory):
     (directory / "task.toml").write_text(changed("rounds = 4", 'rounds = 4\nparticipants = ["oven", "hall", "attic"]'))
     with store.transaction() as t:
