@@ -12,7 +12,7 @@ A task file in full. What is commented out has the default that is said, or is f
 
     [privacy]
     clip = 0.5                    # L2 bound of what one unit adds, weight units
-    delta = 1e-4                  # at which figures are given
+    delta = 1e-4                  # at which figures are given; below 1 / the number of people
     noise_multiplier = 3.0        # noise over all that one unit adds; or, in its place, a [privacy.target]
     metric_scale = 0.02           # weight of metrics in the vector; 0 if not given: no metrics, no accuracy to watch
     loss_bound = 2.5              # losses are clipped to [0, loss_bound]; 1 if not given

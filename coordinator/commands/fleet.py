@@ -105,7 +105,10 @@ def status(options: argparse.Namespace) -> int:
         with store.reading() as rows:
             devices, tokens, epoch = rows.devices(), rows.tokens(), rows.newest_epoch()
             tasks: list[dict[str, Any]] = []
+            ending = {row.task for row in rows.active_rounds()}
             for row in rows.tasks():
+                if row.state == "removed" and row.name not in ending:
+                    continue
                 task, planned = load(row)
                 newest, last = rows.newest_model(row.name), rows.last_round(row.name)
                 tasks.append(

@@ -20,7 +20,7 @@ import pytest
 
 from coordinator.__main__ import _parser, main
 from coordinator.config import Config
-from coordinator.rows import EpochRow
+from coordinator.rows import EpochRow, RoundRow
 from coordinator.serving import serving_pid
 from coordinator.store import Store
 from coordinator.task import Planned
@@ -474,6 +474,67 @@ def test_a_plan_is_what_add_says_and_starts_nothing(operator, task_file, capsys)
     assert operator("task", "list") == []
     assert list((operator.directory / "blobs").iterdir()) == []
     assert operator("task", "add", task_file) == planned
+
+
+def test_a_removed_task_is_gone_for_devices_and_its_models_stay(operator, task_file, tmp_path, capsys):
+    operator.init()
+    operator("task", "add", task_file)
+    publish(operator.directory, {"loss": 0.25})
+    before = operator("model", "list", "digits")
+    removed = {"task": "digits", "state": "removed", "models": 2, "aborting": [], "opening": []}
+    assert operator("task", "remove", "digits") == [removed]
+    assert operator("task", "remove", "digits") == [removed]  # whoever was interrupted says it again
+    assert operator("status")[0]["tasks"] == []
+    assert operator("task", "list") == [{"task": "digits", "state": "removed", "model": 1, "next_round": 0}]
+    assert operator("model", "list", "digits") == before
+    operator("model", "export", "digits", "--out", tmp_path / "model.npy", "--bundle", tmp_path / "out.bundle")
+    assert ": removed, 1 of 4 models published" in operator("report", "digits")[0]["markdown"]
+    for step in ("pause", "resume"):
+        assert "'digits' was removed, for good: add another one, with another name" in operator(
+            "task", step, "digits", code=1
+        )
+    for step in ("add", "plan"):
+        said = operator("task", step, task_file, code=1)
+        assert "task 'digits' was removed, and its name stays taken: devices count rounds and budgets by it" in said
+    assert "no task 'other'" in operator("task", "remove", "other", code=1)
+    task_file.write_text(TASK.replace('"digits"\nbundle', '"digits2"\nbundle'))
+    operator("task", "add", task_file)
+    assert [line["task"] for line in operator("status")[0]["tasks"]] == ["digits2"]
+    assert main(["task", "remove", "digits2", "--dir", str(operator.directory)]) == 0
+    said = capsys.readouterr()
+    assert said.out == "task digits2, state removed, models 1, aborting none, opening none\n"
+    assert "`model list`, `model export` and `report` go on having them" in said.err
+
+
+@pytest.mark.parametrize(("phase", "ends"), [("COLLECT", "aborting"), ("SEALED", "aborting"), ("CERTIFIED", "opening")])
+def test_what_becomes_of_a_removed_tasks_open_round_is_said_while_it_is_open(operator, task_file, phase, ends):
+    operator.init()
+    operator("task", "add", task_file)
+    store = Store(operator.directory)
+    with store.transaction() as rows:
+        rows.add_epoch(EpochRow(1, bytes(32), b"", (), 1.0))
+        row = RoundRow(b"t" * 32, "digits", 7, 1, b"", 0, phase, 1.0, None, None, None, None, None, "")
+        rows.add_round(row, [])
+    said = operator("task", "remove", "digits")[0]
+    assert {name: said[name] for name in ("aborting", "opening")} == {"aborting": [], "opening": [], ends: [7]}
+    assert [line["state"] for line in operator("status")[0]["tasks"]] == ["removed"]
+    with store.transaction() as rows:
+        rows.set_aborted(row.tid, b"", "the task was removed", 2.0)
+    store.close()
+    assert operator("status")[0]["tasks"] == []
+
+
+def test_a_task_that_is_removed_while_the_coordinator_serves_waits_for_nothing_any_more(operator, task_file):
+    operator.init()
+    operator("task", "add", task_file)
+    operator.serve()
+    operator.events("waiting")
+    operator("task", "remove", "digits")
+    operator.end()
+    assert operator("status")[0]["tasks"] == []
+    operator.serve()
+    operator.end()
+    assert operator("task", "list")[0]["state"] == "removed"
 
 
 def test_a_name_that_is_taken_is_told_before_anything_is_planned(operator, task_file, monkeypatch):
