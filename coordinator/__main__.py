@@ -120,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, text in (
         ("pause", tasks.pause, "open no further rounds"),
         ("resume", tasks.resume, "open rounds again"),
+        ("remove", tasks.remove, "take a task back for good: devices hear of it no more, its models stay"),
         ("skip-round", tasks.skip_round, "leave out a round number, after the store was put back from a backup"),
     ):
         add(steps, name, run, text).add_argument("task", metavar="TASK")

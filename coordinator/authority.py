@@ -21,7 +21,7 @@ from coordinator.store import Store
 from edge_sdk.crypto.identity import Identity, check_signature
 from edge_sdk.enrolment import HexKey
 from edge_sdk.errors import ParameterError, PeerError
-from edge_sdk.files import write_once, write_whole
+from edge_sdk.files import read_text, reason, write_once, write_whole
 from edge_sdk.protocol import messages
 from edge_sdk.protocol.authority import FIRST, FleetEpoch, Roster, draw, freeze
 from edge_sdk.protocol.messages import MAX_GROUPS, MAX_MEMBERS, MAX_ROSTER, Frozen, Signed, verify
@@ -247,9 +247,9 @@ def make_epoch(key: Path, roster_path: Path, out: Path, now_s: float, entropy: C
     """
     authority = read_identity(key)
     try:
-        text = settings_path(key).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParameterError(f"{settings_path(key)}: {error}") from error
+        text = read_text(settings_path(key))
+    except (OSError, ParameterError) as error:
+        raise ParameterError(f"{settings_path(key)}: {reason(error)}") from error
     settings = decode_toml(text, AuthorityTable, str(settings_path(key)))
     check_authority(settings, text, str(settings_path(key)))
     file = _read(roster_path, RosterFile)

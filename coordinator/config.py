@@ -13,6 +13,7 @@ from coordinator.broker import Kind
 from coordinator.toml_file import place, tables
 from edge_sdk.enrolment import HexKey, Url
 from edge_sdk.errors import ParameterError
+from edge_sdk.files import read_text, reason
 from edge_sdk.protocol.messages import MAX_GROUPS, MAX_MEMBERS, MAX_ROSTER, CommitteeKind
 
 NAME = "coordinator.toml"
@@ -89,11 +90,12 @@ class Config(_Table, frozen=True):
         """Raises ParameterError as `from_toml`, or if there is none."""
         path = directory / NAME
         try:
-            return cls.from_toml(path.read_text(encoding="utf-8"), str(path))
+            text = read_text(path)
         except FileNotFoundError as error:
             raise ParameterError(f"{path} is missing: `edge-coordinator init --dir {directory}` makes it") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise ParameterError(f"{path}: {error}") from error
+        except (OSError, ParameterError) as error:
+            raise ParameterError(f"{path}: {reason(error)}") from error
+        return cls.from_toml(text, str(path))
 
     @property
     def enrolment_url(self) -> str:

@@ -69,7 +69,7 @@ class ModelPublished:
     """The sum was opened and a new model came of it.
 
     model: sums that are in it.  contributors: in the sums that were opened; not for readers.  metrics: noisy.
-    reason: why groups are missing, if any are.
+    reason: why groups are missing, if any are.  loss: its name, empty if it is not known.
     """
 
     task: str
@@ -82,6 +82,7 @@ class ModelPublished:
     seconds: float
     """Since the ticket."""
     reason: str
+    loss: str = ""
 
 
 @dataclass(frozen=True, slots=True)

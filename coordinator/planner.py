@@ -41,8 +41,13 @@ LOW_SPREADS = 3
 """Elsewhere a cohort that is too small costs the round and nothing else: one round in 700 may abort."""
 
 MAX_MULTIPLIER = 10_000.0
-MAX_EPSILON = 1e6
-"""A plan whose filters need more is refused: such a figure says nothing."""
+MAX_EPSILON = 100.0
+"""A target of more is refused, and so is a plan that costs more against readers: with somebody's data the models may be
+e^100 times as likely as without, which protects nobody, and figures by PLD take minutes there. Against the coordinator
+alone a plan may cost more: it may be one that is trusted."""
+
+_MOST_SEARCHED = 1e6
+"""Where the search for a filter's budget gives up."""
 
 MAX_INFLATION = 1.5
 """Most that rounding may stretch what one unit adds."""
@@ -57,6 +62,7 @@ class Cohort:
 
     expected: contributors of a round, on average.  spread: their standard deviation.  roster: devices enrolled.
     honest: h.  groups: G.  corrupt: F_G, corrupt devices that one group can hold (the epoch says).
+    most: at which a round is to be sealed early, None: so many that it hardly ever is.
     """
 
     expected: float
@@ -65,6 +71,7 @@ class Cohort:
     honest: int
     corrupt: int
     groups: int = 1
+    most: int | None = None
 
     def __post_init__(self) -> None:
         """Raises ParameterError that names what is out of range."""
@@ -75,8 +82,9 @@ class Cohort:
 
     @property
     def n_max(self) -> int:
-        """Contributors at which a round is sealed early: so many that it hardly ever is."""
-        return max(2, min(self.roster, MAX_CONTRIBUTORS, math.ceil(self.expected + SPREADS * self.spread)))
+        """Contributors at which a round is sealed early."""
+        most = math.ceil(self.expected + SPREADS * self.spread) if self.most is None else self.most
+        return max(2, min(self.roster, MAX_CONTRIBUTORS, most))
 
     @property
     def largest_group(self) -> int:
@@ -161,9 +169,16 @@ class Target:
     method: Method = "rdp"
 
     def __post_init__(self) -> None:
-        """Raises ParameterError without any budget, and on two deltas: figures are compared at one."""
+        """Raises ParameterError without a budget, above MAX_EPSILON, and on two deltas: figures are compared at one."""
         if self.readers is None and self.coordinator is None:
             raise ParameterError("a target names a budget against readers, against the coordinator, or both")
+        for observer, budget in (("readers", self.readers), ("coordinator", self.coordinator)):
+            if budget is not None and budget.epsilon > MAX_EPSILON:
+                raise ParameterError(
+                    f"{observer}: epsilon {budget.epsilon:g} protects nobody: what is seen may be e^{budget.epsilon:g} "
+                    f"times as likely with somebody's data as without; lower it to {MAX_EPSILON:g} at the most, and to "
+                    "10 or less for a promise that says something"
+                )
         if self.readers and self.coordinator and self.readers.delta != self.coordinator.delta:
             raise ParameterError("give both budgets one delta")
 
@@ -269,6 +284,12 @@ def make_plan(work: Work, cohort: Cohort, target: Target | FixedNoise) -> Plan:
             f"no budget lets this plan through: {work.rounds} rounds with noise of {mechanism.noise_multiplier:.3g} "
             f"times what one unit adds, at delta {target.delta:.1e}; what would do: more noise, fewer rounds, or a "
             f"larger delta"
+        )
+    if needs[0] > MAX_EPSILON * (1 + _OVERSHOOT):
+        raise ParameterError(
+            f"noise of {mechanism.noise_multiplier:.3g} times what one unit adds costs epsilon {needs[0]:.3g} in "
+            f"{work.rounds} rounds, against readers of the models, and more than {MAX_EPSILON:g} protects nobody; what "
+            "would do: more noise, or fewer rounds"
         )
     policy = default_policy([])
     delta = policy.lifetime.readers.delta
@@ -386,8 +407,8 @@ def _ledger_needs(work: Work, costs: tuple[AgainstReaders, AgainstCoordinator], 
         return Filter.for_rounds(Budget(epsilon, delta), coordinator).epsilon_of(coordinator * sends) <= epsilon
 
     return (
-        _bisect(1e-4, MAX_EPSILON, readers_hold) if readers_hold(MAX_EPSILON) else math.inf,
-        _bisect(1e-4, MAX_EPSILON, coordinator_holds) if coordinator_holds(MAX_EPSILON) else math.inf,
+        _bisect(1e-4, _MOST_SEARCHED, readers_hold) if readers_hold(_MOST_SEARCHED) else math.inf,
+        _bisect(1e-4, _MOST_SEARCHED, coordinator_holds) if coordinator_holds(_MOST_SEARCHED) else math.inf,
     )
 
 

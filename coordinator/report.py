@@ -87,6 +87,8 @@ def markdown(report: TaskReport) -> str:
     """The page."""
     task, planned, models = report.task, report.planned, report.models
     newest = models[-1]
+    named = {"accuracy": "accuracy"} if planned.has_answers else {}
+    named["loss"] = f"loss ({planned.loss})" if planned.loss else "loss"
     by_phase: dict[str, int] = {}
     for row in report.rounds:
         by_phase[row.phase] = by_phase.get(row.phase, 0) + 1
@@ -143,15 +145,16 @@ def markdown(report: TaskReport) -> str:
         "Metrics are sums of noisy values, inside the same budget. The set hash is salted: with the salt, which stays "
         "with the coordinator, an auditor can check who was in; without it nobody can guess.",
         "",
-        "| model | published | parameters | parent | cohort planned | accuracy | loss | set hash |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| model | published | parameters | parent | cohort planned | {' | '.join(named.values())} | set hash |",
+        "|---|---|---|---|---|---|" + "---|" * len(named),
     ]
     if len(models) > MAX_ROUNDS_SHOWN:
-        lines.append(f"| ... | {len(models) - MAX_ROUNDS_SHOWN} earlier ones in `model list` | | | | | | |")
+        earlier = len(models) - MAX_ROUNDS_SHOWN
+        lines.append(f"| ... | {earlier} earlier ones in `model list` | | | | |" + " |" * len(named))
     for model in models[-MAX_ROUNDS_SHOWN:]:
         lines.append(
             f"| {model.number} | {_time(model.published_s)} | {_hash(model.parameters)} | {_hash(model.parent)} | "
-            f"{model.cohort:g} | {_metric(model, 'accuracy')} | {_metric(model, 'loss')} | {_hash(model.set_hash)} |"
+            f"{model.cohort:g} | {' | '.join(_metric(model, name) for name in named)} | {_hash(model.set_hash)} |"
         )
     return "\n".join(lines) + "\n"
 

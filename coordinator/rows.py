@@ -19,7 +19,9 @@ from edge_sdk.errors import ParameterError
 SCHEMA_VERSION = 1
 
 Role = Literal["device", "helper"]
-TaskState = Literal["running", "paused", "done"]
+TaskState = Literal["running", "paused", "done", "removed"]
+"""A removed task's rows stay: devices count rounds and budgets by its name, and its models have their lineage."""
+
 Phase = Literal["COLLECT", "SEALED", "CERTIFIED", "DONE", "ABORTED"]
 """As in docs/protocol.md section 11. OPEN is COLLECT without contributions, RELEASED is CERTIFIED with the answers."""
 
@@ -524,8 +526,14 @@ class Transaction:
         self._changed()
 
     def check_new(self, name: str) -> None:
-        """Return if no task has this name, else raise ParameterError."""
-        if self.task(name) is not None:
+        """Return if no task has this name or had it, else raise ParameterError."""
+        before = self.task(name)
+        if before is not None and before.state == "removed":
+            raise ParameterError(
+                f"task {name!r} was removed, and its name stays taken: devices count rounds and budgets by it; choose "
+                "another name"
+            )
+        if before is not None:
             raise ParameterError(f"there is a task {name!r} already: choose another name")
 
     def task(self, name: str) -> TaskRow | None:
@@ -536,10 +544,33 @@ class Transaction:
         return [TaskRow(**row._mapping) for row in self._all(sql.select(_tasks).order_by(_tasks.c.added_s))]
 
     def set_task_state(self, name: str, state: TaskState) -> None:
-        """Raises ParameterError on an unknown task."""
-        if not self._run(_tasks.update().where(_tasks.c.name == name).values(state=state)).rowcount:
+        """Raises ParameterError on an unknown task, or one that was removed."""
+        before = self.task(name)
+        if before is None:
             raise ParameterError(f"there is no task {name!r}")
+        if before.state == "removed":
+            raise ParameterError(f"task {name!r} was removed, for good: add another one, with another name")
+        self._run(_tasks.update().where(_tasks.c.name == name).values(state=state))
         self._changed()
+
+    def finish_task(self, name: str) -> None:
+        """The task has all its models. One that was removed meanwhile stays so."""
+        there = sql.and_(_tasks.c.name == name, _tasks.c.state != "removed")
+        if self._run(_tasks.update().where(there).values(state="done")).rowcount:
+            self._changed()
+
+    def remove_task(self, name: str) -> None:
+        """Take the task back for good: it gets no ticket, devices are told of it no more, and whoever serves ends its
+        open rounds. Its rounds and models stay, and so does its name. The same again changes nothing.
+
+        Raises ParameterError on an unknown task.
+        """
+        there = sql.and_(_tasks.c.name == name, _tasks.c.state != "removed")
+        if self._run(_tasks.update().where(there).values(state="removed")).rowcount:
+            self._run(_waits.delete().where(_waits.c.task == name))
+            self._changed()
+        elif self.task(name) is None:
+            raise ParameterError(f"there is no task {name!r}")
 
     def skip_round(self, name: str, *, end_running: bool = False) -> int:
         """Leave out one round number: after the store was put back to an earlier state, devices and members have seen

@@ -17,7 +17,8 @@ MODELS_SERVED = 3
 
 @dataclass
 class RunningTask:
-    """One task. A paused or ended one is still here: its devices may yet ask for its model."""
+    """One task. A paused or ended one is still here: its devices may yet ask for its model. So is one that was removed,
+    for a round of it that was certified gives a model yet."""
 
     row: TaskRow
     task: Task
@@ -49,6 +50,11 @@ class RunningTask:
                 rosters[epoch] = t.epoch(epoch).roster
             sends[rosters[epoch][sender]] += count
         return cls(row, task, planned, models, sends)
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether no device is told of it any more."""
+        return self.row.state == "removed"
 
     @property
     def model(self) -> ModelRow:

@@ -13,7 +13,7 @@ what waits to be written (`batch`). Only opening runs beside the loop (`opening`
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from coordinator import events, rounds
 from coordinator.arrivals import Arrival, Arrivals
@@ -246,7 +246,10 @@ class Server:
             self._leave(device)
         for row in rows:
             if row.name in self._tasks:
-                self._tasks[row.name].row = row
+                before, self._tasks[row.name].row = self._tasks[row.name].row, row
+                if row.state == "removed" != before.state:
+                    log.info("task %s was removed", row.name)
+                    self._presence.welcome_all()
                 continue
             self._tasks[row.name] = new[row.name]
             self._presence.welcome_all()
@@ -295,11 +298,15 @@ class Server:
     def _fill_shelf(self) -> None:
         """What devices may fetch now: of every task its bundle and newest models, and what open rounds need."""
         files: list[bytes] = []
-        for running in self._tasks.values():
+        for running in self._told_of():
             files += [running.row.bundle_file, *(model.parameters for model in running.models)]
         files += [live.round.ticket.parameters for live in self._live.values()]
         in_force = self._epochs.in_force
         self._shelf.keep(files, {*self._live, *([in_force.row.id] if in_force is not None else [])})
+
+    def _told_of(self) -> list[RunningTask]:
+        """The tasks that devices are told of."""
+        return [running for running in self._tasks.values() if not running.is_removed]
 
     # --- frames
 
@@ -375,7 +382,8 @@ class Server:
         if present is None or row is None:
             return None
         standings = []
-        for name, running in self._tasks.items():
+        for running in self._told_of():
+            name = running.task.name
             live = self._open_round(name)
             serves = live is not None and any(post.device == device for post in live.posts.values())
             if serves or (present.trains(name) and running.task.admits(row)):
@@ -530,7 +538,10 @@ class Server:
     def _advance(self, live: LiveRound, now_s: float) -> None:
         """The round's own next step, if it is due."""
         state, ticket = live.state, live.round.ticket
-        if isinstance(state, Collecting):
+        running = self._tasks.get(ticket.task)
+        if isinstance(state, Collecting | Sealed) and running is not None and running.is_removed:
+            self._take_back(live, state, now_s)
+        elif isinstance(state, Collecting):
             if live.reminder is None:
                 live.reminder = rounds.Repeat.after(now_s, REMIND_S)
             if now_s >= rounds.seal_due_s(state, live.full_at_s, live.task.schedule.grace_s):
@@ -554,7 +565,6 @@ class Server:
             if (state.openable or final) and live.tried != (len(state.answers), final):
                 live.tried = (len(state.answers), final)
                 # Not what the store has: the round before may have ended in this very step, and is not written yet.
-                running = self._tasks.get(ticket.task)
                 base = running.model if running is not None else None
                 live.opening = self._opener.submit(live, state, base, final)
 
@@ -580,15 +590,24 @@ class Server:
         ticket, kept = live.round.ticket, len(result.entries)
         self._batch.say(events.RoundSealed(ticket.task, ticket.round, kept, len(live.slots) - kept))
 
+    def _take_back(self, live: LiveRound, state: Collecting | Sealed, now_s: float) -> None:
+        """The round's task was removed. Once certified its sums count as known, and it is opened instead."""
+        if isinstance(state, Collecting):
+            self._batch.write(self._heads.keep(live.round.ticket, live.headers))
+        aborted = aggregator.abort(state, self._identity, "the task was removed")
+        # All that train it are told, not the committee alone: who has not sent yet need not spend on it.
+        self._end_aborted(live, aborted, now_s, self._presence.training(live.task.name))
+
     def _abort(self, live: LiveRound, state: Collecting | Sealed, reason: str, now_s: float) -> None:
         self._end_aborted(live, aggregator.abort(state, self._identity, reason), now_s)
 
-    def _end_aborted(self, live: LiveRound, aborted: Aborted, now_s: float) -> None:
+    def _end_aborted(self, live: LiveRound, aborted: Aborted, now_s: float, besides: Iterable[str] = ()) -> None:
+        """besides: who is told, by name, besides the committee."""
         ticket, tid = live.round.ticket, live.tid
         notice, reason = messages.encode(aborted.notice), aborted.reason
         self._batch.write(lambda t: t.set_aborted(tid, notice, reason, now_s))
-        for post in live.posts.values():
-            self._answer(post.device, Letter(wrap(Abort, aborted.notice)))
+        for device in dict.fromkeys((*(post.device for post in live.posts.values()), *besides)):
+            self._answer(device, Letter(wrap(Abort, aborted.notice)))
         self._batch.say(events.RoundAborted(ticket.task, ticket.round, reason))
         self._end(live, now_s)
 
@@ -608,7 +627,8 @@ class Server:
         before, model = running.model, opened.model
         row = ModelRow(
             ticket.task, before.number + 1, *opened.files, before.parameters, tid, model.clip,
-            live.task.cohort.expected, salt, rounds.set_hash(salt, state.digest), dict(model.metrics), now_s,
+            live.task.cohort.expected, salt, rounds.set_hash(salt, state.digest),
+            live.planned.meaningful(model.metrics), now_s,
         )  # fmt: skip
         dropped: list[bytes] = []
 
@@ -616,7 +636,7 @@ class Server:
             t.add_model(row)
             dropped.extend(t.forget_memory(row.task, row.number))
             if row.number >= live.task.rounds:
-                t.set_task_state(row.task, "done")
+                t.finish_task(row.task)
 
         self._batch.write(publish)
         self._batch.follow(lambda: self._store.drop_blobs(dropped))
@@ -626,10 +646,19 @@ class Server:
         opened_s = ticket.closes_s - live.task.schedule.open_s
         self._batch.say(
             events.ModelPublished(
-                ticket.task, ticket.round, row.number, came, row.metrics, spent, model.clip, now_s - opened_s, reason
+                ticket.task,
+                ticket.round,
+                row.number,
+                came,
+                row.metrics,
+                spent,
+                model.clip,
+                now_s - opened_s,
+                reason,
+                live.planned.loss,
             )
         )
-        if row.number >= live.task.rounds:
+        if row.number >= live.task.rounds and not running.is_removed:
             self._batch.say(events.TaskDone(ticket.task))
         self._end(live, now_s)
 
@@ -689,7 +718,7 @@ class Server:
         if ready < task.cohort.expected:  # no epoch for each device that joins
             running.lacks_devices = True
             return f"{ready} of {enrolled} devices are ready, and the task plans with {task.cohort.expected:g}"
-        groups = [running.planned.groups for running in self._tasks.values()]
+        groups = [running.planned.groups for running in self._told_of()]
         problem = self._epochs.renew(devices, groups, expires_s, now_s)
         in_force = self._epochs.in_force
         if in_force is None:
@@ -711,7 +740,7 @@ class Server:
                 return f"member {chosen[0].hex()[:16]} has offered no prekey that lives as long as the ticket"
             last, row = t.last_round(task.name), t.task(task.name)
         if row is None or row.state != "running":
-            return "the task was paused"
+            return "the task was paused" if row is not None and row.state == "paused" else "the task has ended"
         ticket = rounds.make_ticket(
             task, planned, epoch, running.model,
             number=row.next_round, previous=last.tid if last is not None else FIRST, offers=chosen.offers, now_s=now_s,

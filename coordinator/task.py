@@ -12,7 +12,7 @@ A task file in full. What is commented out has the default that is said, or is f
 
     [privacy]
     clip = 0.5                    # L2 bound of what one unit adds, weight units
-    delta = 1e-4                  # at which figures are given
+    delta = 1e-4                  # at which figures are given; below 1 / the number of people
     noise_multiplier = 3.0        # noise over all that one unit adds; or, in its place, a [privacy.target]
     metric_scale = 0.02           # weight of metrics in the vector; 0 if not given: no metrics, no accuracy to watch
     loss_bound = 2.5              # losses are clipped to [0, loss_bound]; 1 if not given
@@ -67,7 +67,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +84,7 @@ from coordinator.store import Store
 from coordinator.toml_file import KeyPath, place, tables
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import ParameterError, PeerError
+from edge_sdk.files import read_text, reason
 from edge_sdk.policy import default_policy
 from edge_sdk.privacy.mechanism import METRICS, Mechanism
 from edge_sdk.privacy.rdp import Budget, Sampling
@@ -99,8 +100,21 @@ Rate = Annotated[float, Meta(gt=0.0, le=1.0)]
 Tag = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9._-]*\Z")]
 
 MAX_OPEN_S = 90 * 86400
+LEAST_CLIP, MOST_CLIP = 1e-6, 1e6
+"""Less is rounded away beside parameters of about 1, whose steps as float32 are 1e-7; more bounds nothing."""
+
+USUAL_CLIP = (1e-3, 1e3)
+"""Outside it a clip is no mistake for certain, but probably."""
+
+MOST_FOR_METRICS = 1.5
+"""What metrics may add to the noise, as a factor, without a warning."""
+
 FIGURE_POINTS = 64
 """Rounds for which figures by PLD are worked out in advance; between two of them the next one's figure is said."""
+
+
+WITH_ANSWERS = ("cross_entropy", "binary_cross_entropy")
+"""Losses of bundles (docs/bundle.md section 2) whose graphs count right answers."""
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -237,7 +251,16 @@ def _faults(task: Task) -> list[tuple[KeyPath, str]]:
         if wrong:
             found.append((tuple(path.split(".")), text))
 
-    fault(privacy.clip < 1e-9, "privacy.clip", f"{privacy.clip:g} is nothing to float32; raise it to 1e-9 or more")
+    clips = {"privacy.clip": privacy.clip}
+    if privacy.adaptive is not None:
+        clips |= {"privacy.adaptive.least": privacy.adaptive.least, "privacy.adaptive.most": privacy.adaptive.most}
+    for path, clip in clips.items():
+        fault(clip < LEAST_CLIP, path, f"{clip:g} is nothing to float32; raise it to {LEAST_CLIP:g} or more")
+        fault(
+            clip > MOST_CLIP, path, f"{clip:g} bounds nothing, and the noise grows with it; lower it to {MOST_CLIP:g}"
+        )
+    if privacy.delta > 1 / cohort.expected:
+        fault(True, "privacy.delta", _excess(privacy.delta, cohort.expected, "contributors of a round"))
     both = privacy.noise_multiplier is not None and privacy.target is not None
     neither = privacy.noise_multiplier is None and privacy.target is None
     fault(both, "privacy.noise_multiplier", "there is a target too; leave one of the two out")
@@ -251,6 +274,11 @@ def _faults(task: Task) -> list[tuple[KeyPath, str]]:
         fault(not least <= privacy.clip <= most, "privacy.clip", f"{privacy.clip} is outside [{least}, {most}]")
     if task.unit == "example":
         fault(cohort.examples == 0, "cohort.examples", "missing; say how many examples a device has on average")
+        if 0 < task.expected_units < 1:
+            examples = f"{privacy.example_rate:g} of {cohort.expected:g} x {cohort.examples:g} examples"
+            enough = _one_digit(min(1.0, privacy.example_rate / task.expected_units), math.ceil)
+            little = f"{examples} is {task.expected_units:.2g} a round: nothing to learn from; raise it to {enough:g}"
+            fault(True, "privacy.example_rate", f"{little} or more")
         fault(cohort.mean_weight != 1, "cohort.mean_weight", 'for unit "device" only; leave it out')
         for name in ("learning_rate", "epochs", "steps", "proximal", "weight_cap"):
             value = getattr(work, name)
@@ -278,6 +306,20 @@ def _faults(task: Task) -> list[tuple[KeyPath, str]]:
     return found
 
 
+def _excess(delta: float, people: float, who: str) -> str:
+    """What is wrong with a delta that is over 1 / people."""
+    return (
+        f"{delta:g} is over 1 / {people:,g} {who}: to publish all that one of them has would be as private; lower it "
+        f"to {_one_digit(1 / people, math.floor):g} or less, 1e-06 as a rule"
+    )
+
+
+def _one_digit(value: float, towards: Callable[[float], int]) -> float:
+    """A number above 0 with all but its first digit rounded off. towards: math.floor or math.ceil."""
+    scale = 10.0 ** math.floor(math.log10(value))
+    return towards(value / scale) * scale
+
+
 def _explained(source: str, text: str, error: str) -> str:
     """msgspec's message with the place in the file instead of its own."""
     what, _, where = error.partition(" - at `$")
@@ -295,8 +337,9 @@ class Planned(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     """What planning made of a task: all that tickets need, and figures, so that the server plans nothing.
 
     bundle: its hash.  dimension: of the integer vector.  readers, coordinator: (rounds, epsilon by PLD) at `delta`,
-    for so many published models, or for a device that sent in so many rounds; ascending.  ledger_readers,
-    ledger_coordinator: budgets that a device's ledger needs, at `delta`.  text: for people.
+    for so many published models, or for a device that sent in so many rounds; ascending, up to the task's rounds, or to
+    as many as a device sends in but once in 10^9.  ledger_readers, ledger_coordinator: budgets that a device's ledger
+    needs, at `delta`.  text: for people.
     """
 
     bundle: bytes
@@ -317,6 +360,17 @@ class Planned(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     policy_readers: float = 0.0
     policy_coordinator: float = 0.0
     """Budgets that a ledger needs at `policy_delta`, by what a device joins with; infinite if none is enough."""
+    loss: str = ""
+    """The name of the bundle's loss; empty in plans from before it was kept."""
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether an answer can be right, so that there is an accuracy: not in a regression."""
+        return self.loss in ("", *WITH_ANSWERS)
+
+    def meaningful(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """A model's metrics less the accuracy where there is none: it would be noise around 0."""
+        return {name: value for name, value in metrics.items() if name != "accuracy" or self.has_answers}
 
     @property
     def mechanism(self) -> Mechanism:
@@ -393,15 +447,15 @@ def plan(task: Task, bundle: Bundle, roster: int, corrupt_devices: int) -> Plann
         raise PlanFault(("unit",), f"{task.unit!r}, and the bundle was built for {built_for!r}: build another")
     if task.work.proximal and not bundle.manifest.options.proximal:
         raise PlanFault(("work", "proximal"), "above 0, and the bundle was built without FedProx's term: build another")
-    n_max = _most_contributors(task)
     with _about("cohort", "expected"):
         cohort = planner.Cohort(
             expected=table.expected,
             spread=table.spread,
-            roster=max(2, min(n_max, roster)),
+            roster=max(2, roster),
             honest=table.honest,
             corrupt=max(1, corrupt_in_group(roster, corrupt_devices, table.groups)),
             groups=table.groups,
+            most=table.n_max,
         )
     with _about("cohort", "examples"):
         work = planner.Work(
@@ -419,11 +473,20 @@ def plan(task: Task, bundle: Bundle, roster: int, corrupt_devices: int) -> Plann
             None if epsilon is None else Budget(epsilon, privacy.delta)
             for epsilon in (wanted.readers, wanted.coordinator)
         )
-        target = planner.Target(readers, coordinator, wanted.method)
+        with _about("privacy", "target"):
+            target = planner.Target(readers, coordinator, wanted.method)
     with _about("privacy", "noise_multiplier" if privacy.target is None else "target"):
         made = planner.make_plan(work, cohort, target)
-    points = sorted({math.ceil(task.rounds * k / FIGURE_POINTS) for k in range(1, FIGURE_POINTS + 1)})
-    figures = [accounting.planned(made.mechanism, work.sampling, k, k, privacy.delta) for k in points]
+    observed = (made.mechanism, work.sampling)
+    against_readers = [
+        (k, accounting.planned(*observed, k, 0, privacy.delta).readers.epsilon) for k in _points(task.rounds)
+    ]
+    if privacy.device_rate == 1:
+        against_coordinator = against_readers  # every device sends in every round: both see the same
+    else:
+        against_coordinator = [
+            (k, accounting.planned(*observed, 0, k, privacy.delta).coordinator.epsilon) for k in _points(work.sends)
+        ]
     return Planned(
         bundle=bundle.hash,
         dimension=made.mechanism.length,
@@ -432,15 +495,21 @@ def plan(task: Task, bundle: Bundle, roster: int, corrupt_devices: int) -> Plann
         groups=table.groups,
         noise=planner.noise_plan(made),
         delta=privacy.delta,
-        readers=[(k, f.readers.epsilon) for k, f in zip(points, figures, strict=True)],
-        coordinator=[(k, f.coordinator.epsilon) for k, f in zip(points, figures, strict=True)],
+        readers=against_readers,
+        coordinator=against_coordinator,
         ledger_readers=made.ledger_readers,
         ledger_coordinator=made.ledger_coordinator,
         text=str(made),
         policy_delta=made.policy_delta,
         policy_readers=made.policy_readers,
         policy_coordinator=made.policy_coordinator,
+        loss=bundle.manifest.loss,
     )
+
+
+def _points(rounds: int) -> list[int]:
+    """Numbers of rounds at which figures are worked out, ascending; the last one is `rounds`."""
+    return sorted({math.ceil(rounds * k / FIGURE_POINTS) for k in range(1, FIGURE_POINTS + 1)})
 
 
 def refusals(task: Task, planned: Planned) -> list[str]:
@@ -465,6 +534,62 @@ def refusals(task: Task, planned: Planned) -> list[str]:
                     f"{allowed.delta:g}, and the task needs {needed:.3g}"
                 )
     return [f"the policy.toml that a device joins with {fault}" for fault in found]
+
+
+def weaknesses(task: Task, text: str, source: str, planned: Planned, people: float) -> list[str]:
+    """What of a task that can be planned is probably no wish of anybody's, with its place, for people.
+
+    text, source: the file's, and its name.  people: devices whom delta protects, as far as is known.
+    """
+    from coordinator.planner import MAX_EPSILON  # whoever planned has loaded it
+
+    privacy, found = task.privacy, []
+
+    def weak(key: str, fault: str) -> None:
+        found.append(f"{source}, {place(text, ('privacy', key))}: {fault}")
+
+    protected = people * (task.cohort.examples if task.unit == "example" else 1)
+    if privacy.delta > 1 / protected:
+        weak(
+            "delta",
+            f"{privacy.delta:g} is over 1 / {protected:,.0f} examples that it protects; as a rule it is "
+            f"{_one_digit(1 / protected, math.floor):g} or less here",
+        )
+    least, most = USUAL_CLIP
+    if not least <= privacy.clip <= most:
+        far = "below" if privacy.clip < least else "above"
+        cost = "next to nothing of them is left" if privacy.clip < least else "the noise grows with it"
+        weak("clip", f"{privacy.clip:g} is far {far} what gradients and updates measure as a rule, 0.01 to 10: {cost}")
+    whole = math.hypot(privacy.clip, privacy.metric_scale * math.sqrt(METRICS - 1 + privacy.loss_bound**2))
+    if whole > MOST_FOR_METRICS * privacy.clip:
+        weak(
+            "metric_scale",
+            f"metrics make the noise {whole / privacy.clip:.3g} times what the model alone needs; lower it, or "
+            "loss_bound",
+        )
+    if planned.ledger_coordinator > MAX_EPSILON:
+        weak(
+            "target" if privacy.target is not None else "noise_multiplier",
+            f"epsilon {planned.ledger_coordinator:.3g} against the coordinator protects nobody from it: whoever runs "
+            "it is trusted",
+        )
+    return found
+
+
+def capped(task: Task, enrolled: int, roster: int | None) -> str | None:
+    """What becomes of an n_max that is larger than the fleet, for people; None if nothing is known to cap it.
+
+    enrolled: devices.  roster: those that were planned for, if that was said.
+    """
+    n_max = task.cohort.n_max
+    if n_max is None:
+        return None
+    takes = "a round takes {} and is sealed then"
+    if roster is not None and roster < n_max:
+        return f"{n_max}, and the plan is for a roster of {roster}: {takes.format(roster)}, however many join"
+    if task.cohort.expected <= enrolled < n_max:  # with fewer no round opens, and `status` says why
+        return f"{n_max}, and {enrolled} devices are enrolled: {takes.format(enrolled)}, until more join"
+    return None
 
 
 def _most_contributors(task: Task) -> int:
@@ -503,9 +628,9 @@ def check_task(
     Raises ParameterError with the place and the remedy; PeerError that names the fault of the bundle.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParameterError(f"{path}: {error}") from error
+        text = read_text(path)
+    except (OSError, ParameterError) as error:
+        raise ParameterError(f"{path}: {reason(error)}") from error
     task = Task.from_toml(text, path.name)
     with store.reading() as t:
         t.check_new(task.name)  # before the planning, which takes its time
@@ -520,18 +645,24 @@ def check_task(
     except PeerError as error:
         fault = str(error).removeprefix("bundle: ")  # the place says so
         raise PeerError(f"{path.name}, {place(text, ('bundle',))}: {fault}") from error
-    if roster is None:
-        roster = max(len(enrolled), _most_contributors(task))
+    people = max(float(roster or sum(task.admits(row) for row in enrolled)), task.cohort.expected)
+    if task.privacy.delta > 1 / people:
+        where = place(text, ("privacy", "delta"))
+        raise ParameterError(f"{path.name}, {where}: {_excess(task.privacy.delta, people, 'devices')}")
+    planned_for = max(len(enrolled), _most_contributors(task)) if roster is None else roster
     try:
-        planned = plan(task, bundle, min(roster, MAX_ROSTER), corrupt_devices)
+        planned = plan(task, bundle, min(planned_for, MAX_ROSTER), corrupt_devices)
     except PlanFault as fault:
         raise ParameterError(f"{path.name}, {place(text, fault.path)}: {fault}") from fault
     planned = msgspec.structs.replace(planned, publisher=publisher)
     borne = frozenset[str]().union(*(row.tags for row in enrolled))
-    nobodys = [
+    warnings = [
         f"participants: no enrolled device bears the tag {tag!r}" for tag in task.participants if tag not in borne
     ]
-    return Checked(task, text, planned, bundle, content, [*nobodys, *refusals(task, planned)])
+    if (cap := capped(task, len(enrolled), roster)) is not None:
+        warnings.append(f"{path.name}, {place(text, ('cohort', 'n_max'))}: {cap}")
+    weak = weaknesses(task, text, path.name, planned, people)
+    return Checked(task, text, planned, bundle, content, [*warnings, *weak, *refusals(task, planned)])
 
 
 def add_task(store: Store, checked: Checked, now_s: float) -> None:

@@ -187,7 +187,7 @@ def _examples_given(directory: Path, task: str, examples: str) -> str:
 def _allow_tasks(directory: Path, tasks: Iterable[str]) -> tuple[str, ...]:
     """Allow these tasks in a policy.toml that was there before, as in one that `join` writes. Returns those that are
     new in it."""
-    from edge_sdk.files import write_whole
+    from edge_sdk.files import read_text, write_whole
     from edge_sdk.policy import allow_tasks
     from edge_sdk.rules import read_policy
 
@@ -195,7 +195,7 @@ def _allow_tasks(directory: Path, tasks: Iterable[str]) -> tuple[str, ...]:
     added = tuple(task for task in tasks if task not in listed)
     if added:
         try:
-            text = allow_tasks(path.read_text(), added)
+            text = allow_tasks(read_text(path), added)
         except ParameterError as error:
             raise ParameterError(f"{path}: {str(error).removeprefix('policy: ')}") from error
         write_whole(path, text.encode())
@@ -213,9 +213,9 @@ def _add_tasks(directory: Path, tasks: dict[str, str]) -> None:
             added += f"\n[tasks.{msgspec.json.encode(task).decode()}]\n"
             added += f"examples = {msgspec.json.encode(examples).decode()}\n"
     if added:
-        from edge_sdk.files import write_whole
+        from edge_sdk.files import read_text, write_whole
 
-        write_whole(path, (path.read_text() + added).encode())
+        write_whole(path, (read_text(path) + added).encode())
         Config.read(directory)
 
 

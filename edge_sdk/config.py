@@ -27,7 +27,7 @@ import numpy as np
 from msgspec import Meta
 
 from edge_sdk.errors import ParameterError
-from edge_sdk.files import reason
+from edge_sdk.files import read_text, reason
 
 TaskName = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9][a-z0-9._-]*\Z")]
 HexHash = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -55,7 +55,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The directory's device.toml, or what holds without one. Raises ParameterError that names the line."""
         path = directory / "device.toml"
         try:
-            return msgspec.toml.decode(path.read_bytes(), type=cls)
+            return msgspec.toml.decode(read_text(path), type=cls)
         except FileNotFoundError:
             return cls()
         except (OSError, msgspec.MsgspecError, ValueError) as error:

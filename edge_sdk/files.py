@@ -102,6 +102,17 @@ def open_locked(path: Path, flags: int, busy: str) -> int:
     return file
 
 
+def read_text(path: Path) -> str:
+    """The text of a file that people write, without the byte order mark that some editors put in front.
+
+    Raises OSError, and ParameterError if it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ParameterError(f"not UTF-8 (byte {error.start}): save it as UTF-8 in the editor") from error
+
+
 def reason(error: Exception) -> str:
     """What went wrong, for a message that names the file already: an OSError's own text repeats its path."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_sdk.errors import ParameterError, PeerError
-from edge_sdk.files import reason, write_whole
+from edge_sdk.files import read_text, reason, write_whole
 from edge_sdk.ledger import PUT_BACK, Ledger
 from edge_sdk.policy import Policy
 from edge_sdk.privacy.ledger_entry import Head, LedgerDamaged
@@ -152,8 +152,8 @@ def read_policy(directory: Path) -> Policy:
     """The directory's policy.toml. Raises ParameterError that names the file and the line or field."""
     path = directory / "policy.toml"
     try:
-        return Policy.from_toml(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
+        return Policy.from_toml(read_text(path))
+    except OSError as error:
         raise ParameterError(f"{path}: {reason(error)}") from error
     except ParameterError as error:
         raise ParameterError(f"{path}: {str(error).removeprefix('policy: ')}") from error

@@ -127,9 +127,16 @@ LOSSES = {
 
 
 def resolve_loss(loss: str | Callable[[Tensor, Tensor], Tensor]) -> Loss:
-    """A loss by its name, or a user's own per-example callable."""
+    """A loss by its name, or a user's own per-example callable.
+
+    What goes by a known name is that loss: labels are checked, and answers counted, by the name in the manifest.
+    """
     if callable(loss):
-        return Loss(getattr(loss, "__name__", "custom"), loss, _none)
+        name = getattr(loss, "__name__", "custom")
+        known = LOSSES.get(name.lower())
+        if known is not None and known.per_example is loss:
+            return known
+        return Loss(f"own-{name}" if known is not None else name, loss, _none)
     if loss not in LOSSES:
         raise UnsupportedModelError(f"no loss is called {loss!r}: use {', '.join(LOSSES)} or a callable")
     return LOSSES[loss]

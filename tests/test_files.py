@@ -14,7 +14,7 @@ import pytest
 
 from edge_sdk import files
 from edge_sdk.errors import ParameterError
-from edge_sdk.files import open_locked, write_all, write_at, write_once, write_whole
+from edge_sdk.files import open_locked, read_text, write_all, write_at, write_once, write_whole
 
 CHILD = """
 import os, signal, sys
@@ -159,3 +159,17 @@ def test_a_lock_is_one_holders_and_ends_with_its_descriptor(tmp_path):
     os.close(first)
     os.close(open_locked(path, os.O_RDWR, "busy"))
     os.close(open_locked(tmp_path, os.O_RDONLY, "busy"))  # a directory too
+
+
+def test_the_mark_that_some_editors_put_in_front_is_no_part_of_a_text(tmp_path):
+    path = tmp_path / "task.toml"
+    for content in ("name = 1\n", "\ufeffname = 1\n"):
+        path.write_text(content, encoding="utf-8")
+        assert read_text(path) == "name = 1\n"
+
+
+def test_a_text_in_another_encoding_is_told_with_what_would_do(tmp_path):
+    path = tmp_path / "task.toml"
+    path.write_text("name = 1\n", encoding="utf-16")
+    with pytest.raises(ParameterError, match=r"^not UTF-8 \(byte 0\): save it as UTF-8 in the editor$"):
+        read_text(path)

@@ -33,7 +33,7 @@ def roster(options: argparse.Namespace) -> int:
     store = open_store(options)
     try:
         with store.reading() as rows:
-            groups = [load(row)[1].groups for row in rows.tasks() if row.state != "done"]
+            groups = [load(row)[1].groups for row in rows.tasks() if row.state not in ("done", "removed")]
         body = write_roster(
             options.out, store, directory.identity, directory.authority_key, directory.config.fleet, groups
         )

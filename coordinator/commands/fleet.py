@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coordinator.commands.directory import open_store
-from coordinator.commands.output import print_object, print_result, say
+from coordinator.commands.output import named_metrics, print_object, print_result, say
 from edge_sdk.errors import ParameterError
+
+if TYPE_CHECKING:
+    from coordinator.rows import EpochRow
+    from coordinator.task import Planned, Task
 
 
 def invite(options: argparse.Namespace) -> int:
@@ -101,7 +105,10 @@ def status(options: argparse.Namespace) -> int:
         with store.reading() as rows:
             devices, tokens, epoch = rows.devices(), rows.tokens(), rows.newest_epoch()
             tasks: list[dict[str, Any]] = []
+            ending = {row.task for row in rows.active_rounds()}
             for row in rows.tasks():
+                if row.state == "removed" and row.name not in ending:
+                    continue
                 task, planned = load(row)
                 newest, last = rows.newest_model(row.name), rows.last_round(row.name)
                 tasks.append(
@@ -110,12 +117,16 @@ def status(options: argparse.Namespace) -> int:
                         "state": row.state,
                         "model": newest.number if newest is not None else 0,
                         "rounds": task.rounds,
+                        "n_max": task.cohort.n_max or planned.n_max,
+                        "n_max_in_force": min(planned.n_max, len(epoch.roster)) if epoch is not None else None,
+                        "n_max_capped": _capped(task, planned, epoch),
                         "waiting": rows.waiting(row.name) if row.state == "running" else "",
                         "round": last.number if last is not None else None,
                         "phase": last.phase if last is not None else None,
                         "reason": last.reason if last is not None else "",
                         "contributions": len(rows.contributions(last.tid)) if last is not None else 0,
                         "metrics": dict(newest.metrics) if newest is not None else {},
+                        "loss": planned.loss,
                         "readers_epsilon": planned.readers_epsilon(newest.number if newest is not None else 0),
                         "delta": planned.delta,
                     }
@@ -154,10 +165,23 @@ def status(options: argparse.Namespace) -> int:
     )
     print(f"  epoch {answer['epoch']} of {answer['epoch_devices']} devices" if epoch is not None else "  no epoch yet")
     for line in tasks:
-        shown = "".join(f"; {key} {value:.4g}" for key, value in line["metrics"].items())
+        shown = "".join(f"; {metric}" for metric in named_metrics(line["metrics"], line["loss"]))
         print(f"  task {line['task']}: {line['state']}, model {line['model']} of {line['rounds']}{shown}")
         if line["phase"] is not None:
             print(f"    round {line['round']}: {line['phase']} {line['reason']}".rstrip())
         if line["waiting"]:
             print(f"    waiting: {line['waiting']}")
+        if line["n_max_capped"]:
+            print(f"    {line['n_max_capped']}")
     return 0
+
+
+def _capped(task: Task, planned: Planned, epoch: EpochRow | None) -> str:
+    """Why rounds are sealed before the n_max that the operator asked for, empty if they are not."""
+    asked, cap, why = task.cohort.n_max, planned.n_max, f"the plan is for a roster of {planned.n_max}"
+    if epoch is not None and len(epoch.roster) < cap:
+        cap = len(epoch.roster)
+        why = f"the epoch has {cap} devices"
+    if asked is None or cap >= asked:
+        return ""
+    return f"a round takes {cap} contributors and is sealed then: n_max is {asked}, and {why}"

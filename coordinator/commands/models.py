@@ -7,21 +7,24 @@ import time
 from typing import TYPE_CHECKING
 
 from coordinator.commands.directory import open_store
-from coordinator.commands.output import print_object, print_result
+from coordinator.commands.output import named_metrics, print_object, print_result
 from edge_sdk.errors import ParameterError
 
 if TYPE_CHECKING:
-    from coordinator.rows import ModelRow
+    from coordinator.rows import ModelRow, TaskRow
     from coordinator.store import Store
 
 
 def list_(options: argparse.Namespace) -> int:
     """Print a task's models with their lineage."""
+    from coordinator.task import Planned
+
     store = open_store(options)
     try:
-        models = _models(store, options.task)
+        row, models = _models(store, options.task)
     finally:
         store.close()
+    loss = Planned.decode(row.plan).loss
     for model in models:
         if options.json:
             print_object(
@@ -33,21 +36,23 @@ def list_(options: argparse.Namespace) -> int:
                     "cohort_planned": model.cohort,
                     "set_hash": model.set_hash.hex() if model.set_hash is not None else None,
                     "metrics": dict(model.metrics),
+                    "loss": loss,
                     "clip": model.clip,
                     "published_s": model.published_s,
                 }
             )
         else:
-            shown = ", ".join(f"{key} {value:.4g}" for key, value in model.metrics.items())
+            shown = ", ".join(named_metrics(model.metrics, loss))
             print(f"{model.number}: {model.parameters.hex()[:16]} {shown}")
     return 0
 
 
-def _models(store: Store, task: str) -> list[ModelRow]:
+def _models(store: Store, task: str) -> tuple[TaskRow, list[ModelRow]]:
     with store.reading() as rows:
-        if rows.task(task) is None:
+        row = rows.task(task)
+        if row is None:
             raise ParameterError(f"there is no task {task!r}")
-        return rows.models(task)
+        return row, rows.models(task)
 
 
 def export(options: argparse.Namespace) -> int:
@@ -62,15 +67,13 @@ def export(options: argparse.Namespace) -> int:
         raise ParameterError(f"--out {options.out}: .npy, or .f32 for the bare little-endian numbers")
     store = open_store(options)
     try:
-        models = {model.number: model for model in _models(store, options.task)}
+        row, found = _models(store, options.task)
+        models = {model.number: model for model in found}
         number = max(models) if options.number is None else options.number
         if number not in models:
             raise ParameterError(f"task {options.task} has no model {number}: 0 to {max(models)}")
         content = store.blob(models[number].parameters)
         if options.bundle is not None:
-            with store.reading() as rows:
-                row = rows.task(options.task)
-            assert row is not None  # noqa: S101 - it was there a moment ago, and no task is ever removed
             write_whole(options.bundle, store.blob(row.bundle_file), mode=0o644)
     finally:
         store.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -18,6 +19,12 @@ def say(*lines: str) -> None:
     """Lines on stderr."""
     for line in lines:
         print(line, file=sys.stderr, flush=True)
+
+
+def named_metrics(metrics: Mapping[str, float], loss: str) -> list[str]:
+    """ "accuracy 0.5", "loss (mse) 0.25" and so on. loss: its name, empty if it is not known."""
+    return [f"{key} ({loss}) {value:.4g}" if key == "loss" and loss else f"{key} {value:.4g}"
+            for key, value in metrics.items()]  # fmt: skip
 
 
 def print_result(options: argparse.Namespace, said: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from coordinator.commands.output import print_object, say
+from coordinator.commands.output import named_metrics, print_object, say
 from edge_sdk.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _shower(as_json: bool) -> Callable[[Event], None]:
             case events.Contributed() | events.RoundCertified():
                 logging.getLogger("sordino").debug("%s", event)
             case events.ModelPublished():
-                shown = ", ".join(f"{key} {value:.4g}" for key, value in event.metrics.items())
+                shown = ", ".join(named_metrics(event.metrics, event.loss))
                 spent = event.spent
                 say(
                     f"{event.task}: model {event.model} of round {event.round} after {event.seconds:.1f} s; {shown}; "

@@ -123,6 +123,32 @@ def _set_state(options: argparse.Namespace, state: Any) -> int:
     return 0
 
 
+def remove(options: argparse.Namespace) -> int:
+    """Take a task back for good; what came of it stays."""
+    store = open_store(options)
+    try:
+        with store.transaction() as rows:
+            rows.remove_task(options.task)
+            newest = rows.newest_model(options.task)
+            rounds = [row for row in rows.active_rounds() if row.task == options.task]
+    finally:
+        store.close()
+    said = {
+        "task": options.task,
+        "state": "removed",
+        "models": newest.number + 1 if newest is not None else 0,
+        "aborting": [row.number for row in rounds if row.phase != "CERTIFIED"],
+        "opening": [row.number for row in rounds if row.phase == "CERTIFIED"],
+    }
+    if options.json:
+        print_object(said)
+        return 0
+    shown = {key: ", ".join(map(str, value)) or "none" for key, value in said.items() if isinstance(value, list)}
+    print_result(options, said | shown)
+    say("nothing was deleted: `model list`, `model export` and `report` go on having them; its name stays taken")
+    return 0
+
+
 def skip_round(options: argparse.Namespace) -> int:
     """Leave out a round number, after the store was put back from a backup."""
     from coordinator.serving import serving_pid

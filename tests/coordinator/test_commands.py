@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,6 +63,11 @@ def test_without_json_events_are_text_on_stderr_and_the_frequent_ones_only_in_th
         "2.5 against the coordinator (rdp), delta 1e-05",
     ]
     assert [record.message for record in caplog.records] == ["RoundCertified(task='digits', round=4)"]
+
+
+def test_a_loss_is_shown_with_its_name(capsys):
+    serving._shower(False)(replace(PUBLISHED, loss="mse"))
+    assert "; loss (mse) 0.25; epsilon" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

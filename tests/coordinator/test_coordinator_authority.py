@@ -198,8 +198,8 @@ def test_the_frozen_roster_is_on_disk_before_the_beacon_is_drawn(apart):
 
 
 def test_the_authority_decides_by_its_own_settings(apart):
-    text = settings_path(apart.key).read_text()
-    settings_path(apart.key).write_text(text.replace("corrupt_devices = 1", "corrupt_devices = 2"))
+    text = "\ufeff" + settings_path(apart.key).read_text()  # as some editors begin a file
+    settings_path(apart.key).write_text(text.replace("corrupt_devices = 1", "corrupt_devices = 2"), encoding="utf-8")
     apart.epoch()
     signed = messages.decode(Signed, apart.install().signed)
     assert FleetEpoch(apart.authority.public_key, signed).frozen.corrupt_devices == 2

@@ -7,6 +7,7 @@ import math
 import queue
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -22,8 +23,10 @@ import pytest
 from coordinator import report
 from coordinator.__main__ import _parser, main
 from coordinator.config import Config
+from coordinator.rows import EpochRow, RoundRow
 from coordinator.serving import serving_pid
 from coordinator.store import Store
+from coordinator.task import Planned
 from edge_sdk import enrolment
 from edge_sdk.bundle import Bundle
 from edge_sdk.device import Device
@@ -260,6 +263,17 @@ def test_an_error_in_coordinator_toml_names_line_and_key(operator, old, new, mes
     assert "coordinator.toml" in operator("status", code=1)
 
 
+def test_coordinator_toml_may_begin_with_the_mark_that_some_editors_put_in_front(operator):
+    operator("init")
+    path = operator.directory / "coordinator.toml"
+    text, before = path.read_text(), Config.read(operator.directory)
+    path.write_text("\ufeff" + text, encoding="utf-8")
+    assert Config.read(operator.directory) == before
+    path.write_text(text, encoding="utf-16")
+    with pytest.raises(ParameterError, match=r"coordinator\.toml: not UTF-8 .*: save it as UTF-8"):
+        Config.read(operator.directory)
+
+
 # Who is in
 
 
@@ -373,6 +387,44 @@ def test_a_report_names_no_budget_by_a_policy_that_the_plan_does_not_know_and_no
     assert "of more than any budget against readers" in page(policy_readers=math.inf)
 
 
+def publish(directory, metrics, task="digits"):
+    """A model as the server would write it, with its round left out."""
+    store = Store(directory)
+    with store.transaction() as rows:
+        before = rows.newest_model(task)
+        rows.add_model(before._replace(number=before.number + 1, parent=before.parameters, metrics=metrics))
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("loss", "metrics", "shown", "columns"),
+    [
+        ("mse", {"count": 4.0, "loss": 0.25}, "count 4, loss (mse) 0.25", "| cohort planned | loss (mse) | set hash |"),
+        ("cross_entropy", {"accuracy": 0.5, "loss": 0.25}, "accuracy 0.5, loss (cross_entropy) 0.25",
+         "| cohort planned | accuracy | loss (cross_entropy) | set hash |"),
+    ],
+)  # fmt: skip
+def test_metrics_are_called_what_they_are(operator, task_file, capsys, loss, metrics, shown, columns):
+    operator.init()
+    operator("task", "add", task_file)
+    with sqlite3.connect(operator.directory / "coordinator.db") as connection:
+        (plan,) = connection.execute("SELECT plan FROM tasks").fetchone()
+        plan = msgspec.structs.replace(Planned.decode(plan), loss=loss).encode()
+        connection.execute("UPDATE tasks SET plan = ?", (plan,))
+    publish(operator.directory, metrics)
+    line = operator("model", "list", "digits")[-1]
+    assert (line["loss"], line["metrics"]) == (loss, metrics)
+    assert operator("status")[0]["tasks"][0]["loss"] == loss
+    for words in (["model", "list", "digits"], ["status"]):
+        assert main([*words, "--dir", str(operator.directory)]) == 0
+    listed, *status = capsys.readouterr().out.splitlines()[1:]
+    assert listed.endswith(" " + shown)
+    assert status[-1] == "  task digits: running, model 1 of 4; " + shown.replace(", ", "; ")
+    page = operator("report", "digits")[0]["markdown"].splitlines()
+    (head,) = (line for line in page if columns in line)
+    assert page[-1].count("|") == head.count("|")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -410,6 +462,31 @@ def test_status_says_what_a_running_task_waits_for_and_nothing_that_is_not_there
     assert operator("status")[0]["tasks"][0]["waiting"] == ""
 
 
+def test_status_says_where_the_roster_caps_n_max(operator, task_file, capsys):
+    operator.init()
+    task_file.write_text(TASK.replace("n_max = 4", "n_max = 6"))
+    operator("task", "add", task_file)
+    assert operator("status")[0]["tasks"][0]["n_max"] == 6
+    assert operator("status")[0]["tasks"][0]["n_max_in_force"] is None  # no epoch yet
+    store = Store(operator.directory)
+    with store.transaction() as rows:
+        rows.add_epoch(EpochRow(1, bytes(32), b"", tuple(bytes([n]) * 32 for n in range(5)), 1.0))
+    store.close()
+    assert operator("status")[0]["tasks"][0]["n_max_in_force"] == 5
+    assert main(["status", "--dir", str(operator.directory)]) == 0
+    line = "    a round takes 5 contributors and is sealed then: n_max is 6, and the epoch has 5 devices"
+    assert capsys.readouterr().out.splitlines()[-1] == line
+
+
+def test_status_says_where_the_plan_caps_n_max(operator, task_file, capsys):
+    operator.init()
+    task_file.write_text(TASK.replace("n_max = 4", "n_max = 6"))
+    operator("task", "add", task_file, "--roster", "5")
+    assert main(["status", "--dir", str(operator.directory)]) == 0
+    line = "    a round takes 5 contributors and is sealed then: n_max is 6, and the plan is for a roster of 5"
+    assert capsys.readouterr().out.splitlines()[-1] == line
+
+
 def test_a_plan_is_what_add_says_and_starts_nothing(operator, task_file, capsys):
     operator.init()
     planned = operator("task", "plan", task_file)
@@ -422,6 +499,67 @@ def test_a_plan_is_what_add_says_and_starts_nothing(operator, task_file, capsys)
     assert operator("task", "list") == []
     assert list((operator.directory / "blobs").iterdir()) == []
     assert operator("task", "add", task_file) == planned
+
+
+def test_a_removed_task_is_gone_for_devices_and_its_models_stay(operator, task_file, tmp_path, capsys):
+    operator.init()
+    operator("task", "add", task_file)
+    publish(operator.directory, {"loss": 0.25})
+    before = operator("model", "list", "digits")
+    removed = {"task": "digits", "state": "removed", "models": 2, "aborting": [], "opening": []}
+    assert operator("task", "remove", "digits") == [removed]
+    assert operator("task", "remove", "digits") == [removed]  # whoever was interrupted says it again
+    assert operator("status")[0]["tasks"] == []
+    assert operator("task", "list") == [{"task": "digits", "state": "removed", "model": 1, "next_round": 0}]
+    assert operator("model", "list", "digits") == before
+    operator("model", "export", "digits", "--out", tmp_path / "model.npy", "--bundle", tmp_path / "out.bundle")
+    assert ": removed, 1 of 4 models published" in operator("report", "digits")[0]["markdown"]
+    for step in ("pause", "resume"):
+        assert "'digits' was removed, for good: add another one, with another name" in operator(
+            "task", step, "digits", code=1
+        )
+    for step in ("add", "plan"):
+        said = operator("task", step, task_file, code=1)
+        assert "task 'digits' was removed, and its name stays taken: devices count rounds and budgets by it" in said
+    assert "no task 'other'" in operator("task", "remove", "other", code=1)
+    task_file.write_text(TASK.replace('"digits"\nbundle', '"digits2"\nbundle'))
+    operator("task", "add", task_file)
+    assert [line["task"] for line in operator("status")[0]["tasks"]] == ["digits2"]
+    assert main(["task", "remove", "digits2", "--dir", str(operator.directory)]) == 0
+    said = capsys.readouterr()
+    assert said.out == "task digits2, state removed, models 1, aborting none, opening none\n"
+    assert "`model list`, `model export` and `report` go on having them" in said.err
+
+
+@pytest.mark.parametrize(("phase", "ends"), [("COLLECT", "aborting"), ("SEALED", "aborting"), ("CERTIFIED", "opening")])
+def test_what_becomes_of_a_removed_tasks_open_round_is_said_while_it_is_open(operator, task_file, phase, ends):
+    operator.init()
+    operator("task", "add", task_file)
+    store = Store(operator.directory)
+    with store.transaction() as rows:
+        rows.add_epoch(EpochRow(1, bytes(32), b"", (), 1.0))
+        row = RoundRow(b"t" * 32, "digits", 7, 1, b"", 0, phase, 1.0, None, None, None, None, None, "")
+        rows.add_round(row, [])
+    said = operator("task", "remove", "digits")[0]
+    assert {name: said[name] for name in ("aborting", "opening")} == {"aborting": [], "opening": [], ends: [7]}
+    assert [line["state"] for line in operator("status")[0]["tasks"]] == ["removed"]
+    with store.transaction() as rows:
+        rows.set_aborted(row.tid, b"", "the task was removed", 2.0)
+    store.close()
+    assert operator("status")[0]["tasks"] == []
+
+
+def test_a_task_that_is_removed_while_the_coordinator_serves_waits_for_nothing_any_more(operator, task_file):
+    operator.init()
+    operator("task", "add", task_file)
+    operator.serve()
+    operator.events("waiting")
+    operator("task", "remove", "digits")
+    operator.end()
+    assert operator("status")[0]["tasks"] == []
+    operator.serve()
+    operator.end()
+    assert operator("task", "list")[0]["state"] == "removed"
 
 
 def test_a_name_that_is_taken_is_told_before_anything_is_planned(operator, task_file, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coordinator.accounting import planned_rdp
 from coordinator.planner import (
     MAX_WRAP,
     Cohort,
@@ -176,6 +177,34 @@ def test_where_no_number_of_groups_holds_each_ones_reason_is_given():
 def test_a_plan_with_fixed_noise_is_refused_for_the_same_reasons(work, cohort, noise, says):
     with pytest.raises(ParameterError, match=says):
         make_plan(work, cohort, noise)
+
+
+@pytest.mark.parametrize(
+    "target", [{"readers": Budget(1e6, 1e-4)}, {"coordinator": Budget(101, 1e-4)}], ids=["readers", "coordinator"]
+)
+def test_a_target_that_protects_nobody_is_refused_before_anything_is_searched(target):
+    (observer,) = target
+    with pytest.raises(ParameterError, match=rf"^{observer}: epsilon (1e\+06|101) protects nobody.*; lower it to 100"):
+        Target(**target)
+
+
+def test_noise_that_protects_nobody_from_readers_is_refused_before_the_figures_that_take_long(monkeypatch):
+    monkeypatch.setattr("coordinator.planner.planned", lambda *_: pytest.fail("it works out figures by PLD"))
+    says = r"costs epsilon 1\d\d .*against readers.*protects nobody; what would do: more noise"
+    with pytest.raises(ParameterError, match=says):
+        make_plan(replace(DEMO, rounds=4), TWENTY, FixedNoise(0.15, 1e-4))
+
+
+def test_the_largest_target_has_a_plan(monkeypatch):
+    monkeypatch.setattr("coordinator.planner.planned", planned_rdp)  # by PLD it takes a while
+    plan = make_plan(replace(DEMO, rounds=1), TWENTY, Target(readers=Budget(100, 1e-4)))
+    assert plan.ledger_readers == pytest.approx(100, rel=2e-3)
+
+
+def test_a_plan_against_readers_may_trust_the_coordinator():
+    rare = replace(PHONES, rounds=5000, sampling=Sampling(device=0.01))
+    plan = make_plan(rare, THOUSANDS, Target(readers=Budget(8.0, 1e-6)))
+    assert plan.ledger_readers <= 8.01 < 100 < plan.ledger_coordinator
 
 
 def test_the_modulus_is_the_protocols_and_the_finest_step_that_it_holds_is_taken():

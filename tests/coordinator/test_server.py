@@ -6,9 +6,12 @@ taken, every receipted one among them, none counted twice.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
+import sqlite3
 import time
+from contextlib import closing
 from functools import partial
 
 import msgspec
@@ -31,7 +34,7 @@ from fleet import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator import events
+from coordinator import events, rounds
 from coordinator import vectors as vectors_module
 from coordinator.errors import StoreError
 from coordinator.quotas import COSTLY, STOCK
@@ -41,7 +44,7 @@ from coordinator.welcome import INLINE_TICKETS
 from edge_sdk.crypto.hashing import content_hash
 from edge_sdk.errors import TransportError
 from edge_sdk.protocol import messages
-from edge_sdk.protocol.messages import MAX_ROSTER, Anchor, Complaint, Header, Release, Signed, unwrap, wrap
+from edge_sdk.protocol.messages import MAX_ROSTER, Abort, Anchor, Complaint, Header, Release, Signed, unwrap, wrap
 from edge_sdk.protocol.plan import delta_bits
 from edge_sdk.transport import Connected
 from edge_sdk.transport.memory import MemoryHub, chance
@@ -752,6 +755,137 @@ def test_a_paused_task_ends_its_round_and_opens_no_other(tmp_path):
     finish(fleet, rounds=2)
 
 
+def remove(directory, task="tiny"):
+    """As the command does, from another process."""
+    store = Store(directory)
+    with store.transaction() as t:
+        t.remove_task(task)
+    store.close()
+
+
+def state_of(directory, task="tiny"):
+    store = Store(directory)
+    with store.reading() as t:
+        state, anchored = t.task(task).state, {row.device for row in t.anchors()}
+    store.close()
+    return state, anchored
+
+
+@pytest.mark.parametrize("serves", [True, False])
+@pytest.mark.parametrize("phase", [events.RoundOpened, events.Contributed, events.RoundSealed])
+def test_a_removed_tasks_round_is_aborted_and_no_other_opens(tmp_path, phase, serves):
+    fleet = make(tmp_path, rounds=2)
+    fleet.run(fleet.saw(events.RoundOpened))
+    for helper in fleet.devices[DEVICES:]:
+        fleet.leave(helper)  # or they sign as soon as there is a seal
+    fleet.run(fleet.saw(phase))
+    (live,) = fleet.server._live.values()
+    senders = {fleet.devices[index].identity.public_key for index in live.slots}
+    if serves:
+        remove(fleet.directory)
+        fleet.server.look()
+    else:
+        fleet.server.close()
+        remove(fleet.directory)
+        fleet.server = fleet.start()
+    fleet.turn()
+    assert [e.reason for e in fleet.events if isinstance(e, events.RoundAborted)] == ["the task was removed"]
+    fleet.connect(*fleet.devices[DEVICES:])
+    for _ in range(30):
+        fleet.turn()
+    assert not any(device.sent for device in fleet.devices), "a device still offers what nobody will take"
+    fleet.restart()
+    for _ in range(30):
+        fleet.turn()
+    fleet.close()
+    (truth,) = rounds_in(fleet.directory)
+    assert truth.phase == "ABORTED"
+    state, anchored = state_of(fleet.directory)
+    assert state == "removed"
+    assert anchored >= senders, "a ledger that goes back would not give itself away"
+    assert list((fleet.directory / "rounds").iterdir()) == []
+
+
+def test_devices_hear_of_a_removed_tasks_end_before_they_spend_on_it_and_of_the_task_no_more(tmp_path):
+    fleet = make(tmp_path, rounds=2)
+    trains = fleet.devices[0]
+    link = fleet.links.pop(trains.name)  # it trains meanwhile: it is told of the round, and sends nothing yet
+    for frame in trains.hello(fleet.clock()):
+        link.send(frame)
+
+    def heard():
+        while (item := link.receive(0.0)) is not None:
+            if not isinstance(item, Connected):
+                yield decode_down(item)
+
+    fleet.run(fleet.saw(events.RoundOpened))
+    fleet.turn()
+    (live,) = fleet.server._live.values()
+    (told,) = [frame.tasks for frame in heard() if isinstance(frame, Welcome)][-1]
+    remove(fleet.directory)
+    fleet.server.look()
+    fleet.turn()
+    *_, letter, welcome = heard()
+    kind, notice = unwrap(letter.content)
+    assert (kind, messages.decode(Abort, notice.body).tid) == (Abort, live.tid)
+    assert welcome.tasks == []
+    for device in fleet.devices[1:]:
+        assert decode_down(fleet.server._welcome_frame(device.name)).tasks == []
+    assert fleet.server._shelf.find(told.bundle.id) is None
+    fleet.close()
+
+
+def test_a_round_that_was_certified_when_its_task_was_removed_is_opened_and_its_model_kept(tmp_path):
+    fleet = make(tmp_path, rounds=1)
+    fleet.run(fleet.saw(events.RoundCertified))
+    remove(fleet.directory)
+    fleet.server.look()
+    fleet.restart()
+    fleet.run(fleet.saw(events.ModelPublished))
+    assert not fleet.saw(events.TaskDone)()
+    fleet.close()
+    (truth,) = rounds_in(fleet.directory)
+    assert_exact(truth, fleet.devices, bits(DEVICES))
+    assert (published(fleet.directory), state_of(fleet.directory)[0]) == (1, "removed")
+
+
+def test_beside_a_removed_task_another_one_goes_on(tmp_path):
+    parties, boxes = make_devices(DEVICES, ("tiny", "other")), make_helpers(HELPERS)
+    store = Store(tmp_path / "fleet")
+    enrol(store, parties, boxes)
+    add_task(store, rounds=3)
+    add_task(store, "other", rounds=2, now_s=START_S + 1)
+    store.close()
+    fleet = Fleet(tmp_path / "fleet", parties + boxes)
+    fleet.connect()
+    fleet.run(fleet.saw(events.Contributed, 2))
+    remove(fleet.directory)
+    finish(fleet, rounds=2, task="other")
+    assert {truth.phase for truth in rounds_in(fleet.directory)} == {"ABORTED"}
+
+
+@pytest.mark.parametrize("point", ["at once", "before commit", "committed", "answer sent"])
+def test_a_kill_while_a_removed_tasks_round_is_ended_ends_it_all_the_same(tmp_path, point):
+    fleet = killed(tmp_path)
+    fleet.start()
+
+    def rows(query):
+        with closing(sqlite3.connect(fleet.directory / "coordinator.db")) as connection:
+            return connection.execute(query).fetchall()
+
+    fleet.run(lambda: rows("SELECT count(*) FROM contributions")[0][0] >= 2)
+    remove(fleet.directory)
+    fleet.kills = [] if point == "at once" else [(point, 1)]
+    fleet.kill()  # the next server ends the round in its first step, and is killed there
+    fleet.run(lambda: rows("SELECT phase FROM rounds") == [("ABORTED",)] and fleet.deaths == 1 + (point != "at once"))
+    for _ in range(10):
+        fleet.turn()
+    fleet.stop()
+    assert rows("SELECT phase, reason FROM rounds") == [("ABORTED", "the task was removed")]
+    assert state_of(fleet.directory)[0] == "removed"
+    assert not any(device.sent for device in fleet.devices)
+
+
 def test_a_task_that_cannot_start_says_why_once(tmp_path):
     fleet = make(tmp_path, devices=3, expected=4)
     for _ in range(30):
@@ -826,6 +960,27 @@ def test_the_pause_between_rounds_is_kept_whatever_comes(tmp_path):
     fleet.run(fleet.saw(events.RoundOpened, 2))
     assert fleet.clock() - published_s >= 20
     finish(fleet, rounds=2)
+
+
+@pytest.mark.parametrize(("loss", "shown"), [("mse", {"loss": 0.5}), ("cross_entropy", {"accuracy": 0.1, "loss": 0.5})])
+def test_a_loss_without_right_answers_gives_no_accuracy(tmp_path, monkeypatch, loss, shown):
+    inner = rounds.next_model
+
+    def with_metrics(*given):
+        return dataclasses.replace(inner(*given), metrics={"accuracy": 0.1, "loss": 0.5})
+
+    monkeypatch.setattr(rounds, "next_model", with_metrics)
+    fleet = make(tmp_path)
+    running = fleet.server._tasks["tiny"]
+    running.planned = msgspec.structs.replace(running.planned, loss=loss)
+    fleet.run(fleet.saw(events.ModelPublished))
+    (event,) = (event for event in fleet.events if isinstance(event, events.ModelPublished))
+    assert (event.metrics, event.loss) == (shown, loss)
+    store = Store(fleet.directory)
+    with store.reading() as t:
+        assert t.newest_model("tiny").metrics == shown
+    store.close()
+    fleet.close()
 
 
 def test_the_model_is_the_coordinators_and_its_lineage_tells_no_set(tmp_path):

@@ -271,6 +271,38 @@ def test_a_skipped_round_number_is_never_used(running):
             t.skip_round("other")
 
 
+def test_a_removed_task_keeps_its_rows_its_name_and_its_state(running):
+    with running.transaction() as t:
+        t.add_model(ModelRow("digits", 0, b"p" * 32, None, None, None, 0.5, 18.0, None, None, {}, 2.0))
+        t.set_waiting("digits", "for devices")
+        before = t.changes()
+        t.remove_task("digits")
+        assert t.changes() == before + 1
+        t.remove_task("digits")  # once more is harmless
+        assert t.changes() == before + 1
+        assert (t.task("digits").state, t.waiting("digits")) == ("removed", "")
+        assert [row.tid for row in t.active_rounds()] == [TID]
+        assert len(t.models("digits")) == 1
+        t.finish_task("digits")  # a round that was certified gave the last model
+        assert t.task("digits").state == "removed"
+        assert t.skip_round("digits") == 2  # what a damaged disk may ask for
+        with pytest.raises(ParameterError, match="no task 'other'"):
+            t.remove_task("other")
+        for state in ("running", "paused", "done"):
+            with pytest.raises(
+                ParameterError, match="task 'digits' was removed, for good: add another one, with another"
+            ):
+                t.set_task_state("digits", state)
+        with pytest.raises(ParameterError, match=r"'digits' was removed, and its name stays taken: .*another name"):
+            t.add_task(task_row())
+
+
+def test_a_task_that_has_all_its_models_is_done(running):
+    with running.transaction() as t:
+        t.finish_task("digits")
+        assert t.task("digits").state == "done"
+
+
 def test_an_ended_round_keeps_who_sent_what_and_drops_the_rest(running):
     with running.transaction() as t:
         t.add_contributions(TID, [ContributionRow(0, 7, b"d" * 32, b"h")])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from itertools import pairwise
 
+import msgspec
 import pytest
 from training import tiny_models as tiny
 
 import coordinator.task
+from coordinator import accounting
 from coordinator.errors import StoreError
 from coordinator.store import Store
-from coordinator.task import Planned, Task, check_task, load
+from coordinator.task import Planned, Task, check_task, load, weaknesses
 from coordinator.task import add_task as add_checked
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError, PeerError
@@ -125,6 +128,24 @@ def test_every_commented_key_of_the_example_is_one():
         (changed("[optimizer]", "[work]\nepochs = 1\n[optimizer]"), r"\[work\] epochs: 1: .*one step; leave it out"),
         (changed('"example"', '"device"'), r"example_rate: for unit .example. only; leave it out"),
         (changed('name = "tiny"', 'name = "Tiny!"'), r"line 2: name: "),
+        (
+            changed("clip = 0.5", "clip = 1e-9"),
+            r"line 9: \[privacy\] clip: 1e-09 is nothing .*raise it to 1e-06 or more",
+        ),
+        (changed("clip = 0.5", "clip = 1e7"), r"line 9: \[privacy\] clip: 1e\+07 bounds nothing.*lower it to 1e\+06"),
+        (
+            changed("[cohort]", "[privacy.adaptive]\nleast = 1e-9\nmost = 2\n[cohort]"),
+            r"line 16: \[privacy.adaptive\] least: 1e-09 is nothing .*raise it",
+        ),
+        (
+            changed("[cohort]", "[privacy.adaptive]\nleast = 0.1\nmost = 1e9\n[cohort]"),
+            r"line 17: \[privacy.adaptive\] most: 1e\+09 bounds nothing.*lower it",
+        ),
+        (
+            changed("example_rate = 0.3", "example_rate = 1e-6"),
+            r"line 13: \[privacy\] example_rate: 1e-06 of 18.5 x 70 examples is 0.0013 a round.*raise it to 0.0008",
+        ),
+        (changed("delta = 1e-4", "delta = 0.5"), r"line 10: \[privacy\] delta: 0.5 is over 1 / 18.5.*lower it to 0.05"),
         (changed("rounds = 4", "rounds = "), r"not TOML: .*line 6"),
         (
             changed("[cohort]", "[privacy.adaptive]\nleast = 1\nmost = 2\n[cohort]"),
@@ -177,8 +198,116 @@ def test_a_task_is_planned_once_and_found_again(store, directory):
     assert (model.number, model.parent, model.clip) == (0, None, 0.5)
 
 
+def test_a_task_file_may_begin_with_the_mark_that_some_editors_put_in_front(store, directory):
+    path = directory / "task.toml"
+    path.write_text("\ufeff" + SMALL.lstrip(), encoding="utf-8")
+    add_task(store, path)
+    with store.reading() as t:
+        assert t.task("tiny").toml == SMALL.lstrip()
+    path.write_text(SMALL, encoding="utf-16")
+    with pytest.raises(ParameterError, match=r"task\.toml: not UTF-8 .*: save it as UTF-8"):
+        check_task(store, path, corrupt_devices=2)
+
+
 def test_a_task_that_devices_take_part_in_as_they_joined_has_no_warnings(store, directory):
     assert check_task(store, directory / "task.toml", corrupt_devices=2).warnings == []
+
+
+@pytest.mark.parametrize(("loss", "answers"), [("cross_entropy", True), ("binary_cross_entropy", True), ("", True),
+                                               ("mse", False), ("own-cross_entropy", False)])  # fmt: skip
+def test_a_plan_knows_by_its_bundles_loss_whether_answers_can_be_right(store, directory, loss, answers):
+    """A plan from before the loss was kept says what it did."""
+    planned = add_task(store, directory / "task.toml")
+    assert planned.loss == "cross_entropy"
+    assert msgspec.structs.replace(planned, loss=loss).has_answers is answers
+
+
+def test_a_plan_from_before_the_loss_was_kept_is_read(store, directory):
+    planned = add_task(store, directory / "task.toml")
+    fields = msgspec.msgpack.decode(planned.encode())
+    assert Planned.decode(msgspec.msgpack.encode(fields[:-1])) == msgspec.structs.replace(planned, loss="")
+
+
+@pytest.mark.parametrize(
+    ("unit", "devices", "delta", "roster", "lower"),
+    [
+        ("example", 100, "0.02", None, "0.01"), ("example", 100, "0.01", None, None),
+        ("example", 0, "0.02", 100, "0.01"), ("example", 0, "0.02", None, None),
+    ],
+)  # fmt: skip
+def test_a_delta_that_lets_somebodys_data_out_is_refused(store, directory, unit, devices, delta, roster, lower):
+    (directory / "task.toml").write_text(changed("delta = 1e-4", f"delta = {delta}"))
+    with store.transaction() as t:
+        for number in range(devices):
+            t.add_device(bytes([number]) * 32, "device", [], 1.0)
+    if lower is None:
+        (warning,) = check_task(store, directory / "task.toml", corrupt_devices=2, roster=roster).warnings
+        assert "task.toml, line 10: [privacy] delta: " in warning
+        return
+    with pytest.raises(
+        ParameterError, match=rf"line 10: \[privacy\] delta: .*over 1 / 100 devices.*lower it to {lower}"
+    ):
+        check_task(store, directory / "task.toml", corrupt_devices=2, roster=roster)
+
+
+def test_only_devices_that_the_task_admits_count_among_those_whom_delta_protects(store, directory):
+    (directory / "task.toml").write_text(
+        changed("delta = 1e-4", "delta = 0.01").replace("rounds = 4", 'rounds = 4\nparticipants = ["oven"]')
+    )
+    with store.transaction() as t:
+        for number in range(200):
+            t.add_device(bytes([number]) * 32, "device", ["oven"] if number < 20 else [], 1.0)
+    (warning,) = check_task(store, directory / "task.toml", corrupt_devices=2).warnings
+    assert "over 1 / 1,400 examples" in warning
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "warning"),
+    [
+        ("delta = 1e-4", "delta = 1e-3",
+         r"line 10: \[privacy\] delta: 0.001 is over 1 / 1,295 examples.*0.0007 or less"),
+        ("clip = 0.5", "clip = 1e-5", r"line 9: \[privacy\] clip: 1e-05 is far below"),
+        ("clip = 0.5", "clip = 1e4", r"line 9: \[privacy\] clip: 10000 is far above"),
+        ("metric_scale = 0.05", "metric_scale = 0.5",
+         r"line 12: \[privacy\] metric_scale: metrics make the noise 2.24 times .*lower it"),
+    ],
+)  # fmt: skip
+def test_what_is_merely_weak_is_warned_of_with_its_line(store, directory, old, new, warning):
+    text = changed(old, new).replace("metric_scale = 0.05", "metric_scale = 0") if "clip" in old else changed(old, new)
+    (directory / "task.toml").write_text(text)
+    (found,) = check_task(store, directory / "task.toml", corrupt_devices=2).warnings
+    assert re.match(r"task\.toml, " + warning, found)
+
+
+def test_a_plan_whose_figure_against_the_coordinator_protects_nobody_says_whom_it_trusts(store, directory):
+    checked = check_task(store, directory / "task.toml", corrupt_devices=2)
+    planned = msgspec.structs.replace(checked.planned, ledger_coordinator=120.0)
+    (warning,) = weaknesses(checked.task, checked.text, "task.toml", planned, 20)
+    assert "epsilon 120 against the coordinator protects nobody" in warning
+
+
+def test_an_n_max_is_taken_as_it_is_given_however_few_are_expected(store, directory):
+    (directory / "task.toml").write_text(changed("n_max = 20", "n_max = 30"))
+    assert add_task(store, directory / "task.toml").n_max == 30
+
+
+@pytest.mark.parametrize(
+    ("devices", "n_max", "roster", "says"),
+    [
+        (19, 20, None, "20, and 19 devices are enrolled: a round takes 19 and is sealed then, until more join"),
+        (0, 20, 19, "20, and the plan is for a roster of 19: a round takes 19 and is sealed then, however many join"),
+        (25, 20, None, None), (0, 20, None, None), (0, 20, 30, None), (19, None, None, None),
+        (5, 20, None, None),  # no round opens before more have joined: `status` says so
+    ],
+)  # fmt: skip
+def test_an_n_max_that_the_roster_caps_is_said(store, directory, devices, n_max, roster, says):
+    text = SMALL if n_max else changed("n_max = 20\n", "")
+    (directory / "task.toml").write_text(text.replace("honest = 14", "honest = 12"))
+    with store.transaction() as t:
+        for number in range(devices):
+            t.add_device(bytes([number]) * 32, "device", [], 1.0)
+    checked = check_task(store, directory / "task.toml", corrupt_devices=2, roster=roster)
+    assert checked.warnings == ([] if says is None else [f"task.toml, line 19: [cohort] n_max: {says}"])
 
 
 def test_a_tag_that_no_enrolled_device_bears_is_said(store, directory):
@@ -221,6 +350,10 @@ def test_what_devices_refuse_as_they_joined_is_said_with_the_key_of_their_policy
         ("honest = 14", "honest = 18", r"line \d+: \[cohort\] honest: a group needs h \+ F = 20 .*what would do"),
         ("noise_multiplier = 3\n", "target = {readers = 1e-9}\n",
          r"line \d+: \[privacy\] target: no noise holds this.*what would do"),
+        ("noise_multiplier = 3\n", "target = {readers = 1e6}\n",
+         r"line \d+: \[privacy\] target: readers: epsilon 1e\+06 protects nobody.*lower it to 100"),
+        ("noise_multiplier = 3", "noise_multiplier = 0.05",
+         r"line \d+: \[privacy\] noise_multiplier: .*protects nobody; what would do: more noise"),
         ("noise_multiplier = 3", "noise_multiplier = 20000", r"line \d+: \[privacy\] noise_multiplier: expected"),
         ("clip = 0.5", "clip = 1e-300", r"line \d+: \[privacy\] clip: 1e-300 is nothing"),
         ("examples = 70", "examples = 1e29", r"line \d+: \[cohort\] examples: expected"),
@@ -250,6 +383,28 @@ def test_figures_grow_with_the_rounds_and_end_with_the_plan(store, directory):
     assert all(a < b for a, b in pairwise(epsilons))
     assert planned.readers_epsilon(5) is None
     assert planned.coordinator_epsilon(4) == pytest.approx(planned.readers_epsilon(4), rel=1e-6)  # device_rate is 1
+
+
+def test_where_every_device_is_asked_both_observers_figures_are_worked_out_once(store, directory, monkeypatch):
+    asked = []
+    figures = accounting.planned
+    monkeypatch.setattr(accounting, "planned", lambda *given: asked.append(given[2:4]) or figures(*given))
+    planned = add_task(store, directory / "task.toml")
+    assert asked == [(1, 0), (2, 0), (3, 0), (4, 0)]
+    assert planned.coordinator == planned.readers
+
+
+def test_against_the_coordinator_figures_end_with_the_sends_that_a_devices_coin_allows(store, directory):
+    """Beyond them, and that is one device in 10^9, the figure by RDP holds: by PLD it would take minutes."""
+    (directory / "task.toml").write_text(
+        changed("example_rate = 0.3", "device_rate = 0.05\nexample_rate = 0.3").replace("rounds = 4", "rounds = 40")
+    )
+    planned = add_task(store, directory / "task.toml")
+    (sends, epsilon) = planned.coordinator[-1]
+    assert sends == 14
+    assert planned.readers[-1][0] == 40
+    assert epsilon > planned.readers[-1][1]
+    assert planned.coordinator_epsilon(15) is None
 
 
 def test_a_name_serves_one_task(store, directory):

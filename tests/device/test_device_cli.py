@@ -367,6 +367,16 @@ def test_device_toml_errors_name_the_field(tmp_path):
             Config.read(tmp_path)
 
 
+def test_device_toml_may_begin_with_the_mark_that_some_editors_put_in_front(tmp_path):
+    (tmp_path / "device.toml").write_text("\ufeffthreads = 2\n", encoding="utf-8")
+    assert Config.read(tmp_path).threads == 2
+    _add_tasks(tmp_path, {"digits": "digits.npz"})
+    assert Config.read(tmp_path).tasks.keys() == {"digits"}
+    (tmp_path / "device.toml").write_text("threads = 2\n", encoding="utf-16")
+    with pytest.raises(ParameterError, match=r"device\.toml: not UTF-8 .*: save it as UTF-8"):
+        Config.read(tmp_path)
+
+
 def test_examples_come_from_a_function_beside_device_toml(tmp_path):
     (tmp_path / "my_sensor.py").write_text("def windows():\n    return [1, 2], [3]\n")
     assert examples_source(tmp_path, "my_sensor:windows")() == ([1, 2], [3])

@@ -6,7 +6,7 @@ from scripted import World
 
 from edge_sdk.errors import ParameterError, PeerError
 from edge_sdk.privacy.ledger_entry import LedgerDamaged
-from edge_sdk.rules import RulesFile
+from edge_sdk.rules import RulesFile, read_policy
 from edge_sdk.store import Store
 
 
@@ -32,6 +32,17 @@ def test_a_file_that_was_changed_is_read_again_with_a_ledger_of_its_own(world, r
     after = rules.read()
     assert (before.policy.min_honest, after.policy.min_honest) == (2, 37)
     assert after.ledger is not before.ledger
+
+
+def test_a_policy_may_begin_with_the_mark_that_some_editors_put_in_front(world):
+    path = world.directory() / "policy.toml"
+    text = path.read_text()
+    before = read_policy(path.parent)
+    path.write_text("\ufeff" + text, encoding="utf-8")
+    assert read_policy(path.parent) == before
+    path.write_text(text, encoding="utf-16")
+    with pytest.raises(ParameterError, match=r"policy\.toml: not UTF-8 .*: save it as UTF-8"):
+        read_policy(path.parent)
 
 
 def test_rules_in_use_stay_whatever_becomes_of_the_file(world, rules):

@@ -136,6 +136,15 @@ def test_a_loss_module_that_reduces_is_told_how_not_to(reduction: str) -> None:
         capture(spec, "example", 4)
 
 
+def test_a_callable_of_a_known_name_does_not_pass_for_the_loss_of_that_name() -> None:
+    def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output, y, ignore_index=0, reduction="none")
+
+    assert resolve_loss(cross_entropy).name == "own-cross_entropy"
+    known = resolve_loss("cross_entropy")
+    assert resolve_loss(known.per_example) is known
+
+
 def test_names_that_are_no_loss() -> None:
     with pytest.raises(UnsupportedModelError, match="'nll'"):
         resolve_loss("nll")
