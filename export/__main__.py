@@ -299,27 +299,30 @@ def _model(options: argparse.Namespace) -> int:
     _check_out(options.out)
     bundle = _read(options.bundle, options.publisher)
     parameters = trained_parameters(bundle, read_shared(bundle, options.parameters))
+    result: dict[str, object] = {}
     if suffix == ".onnx":
-        content = inference_onnx(bundle, parameters)
+        content, rows = inference_onnx(bundle, parameters), bundle.manifest.batch
+        result["rows"] = rows
         if options.source:
             from export.build import load_spec
 
             try:
                 content = any_rows_onnx(bundle, parameters, load_spec(options.source))
+                result["rows"] = None
             except UnsupportedModelError as error:
-                print(f"edge-export: {options.out} takes {bundle.manifest.batch} rows: {error}", file=sys.stderr)
-        _write(options.out, content)
+                print(f"edge-export: {options.out} takes {rows} rows: {error}", file=sys.stderr)
     elif suffix == ".safetensors":
         from safetensors.numpy import save
 
-        _write(options.out, save(parameters))
+        content = save(parameters)
     else:
         import torch
 
         saved = io.BytesIO()
         torch.save(state_dict(parameters), saved)
-        _write(options.out, saved.getvalue())
-    _print(options, {"out": str(options.out), "bytes": options.out.stat().st_size}, str(options.out))
+        content = saved.getvalue()
+    _write(options.out, content)
+    _print(options, {"out": str(options.out), "bytes": len(content), **result}, str(options.out))
     return 0
 
 

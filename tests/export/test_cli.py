@@ -217,8 +217,9 @@ def test_a_trained_model_comes_back_as_onnx_and_as_a_state_dict(built):
     vector = np.linspace(-1, 1, said["dimension"], dtype=np.float32)
     np.save(folder / "trained.npy", vector)
     for out in ("trained.onnx", "trained.pt", "trained.safetensors"):
-        done = edge_export(folder, "model", "tiny.bundle", "trained.npy", "--out", out)
+        done = edge_export(folder, "model", "tiny.bundle", "trained.npy", "--out", out, "--json")
         assert done.returncode == 0, done.stderr
+        assert ("rows" in json.loads(done.stdout)) == (out == "trained.onnx")
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
     model.load_state_dict(torch.load(folder / "trained.pt"))
     x = np.linspace(-2, 2, 32 * 6, dtype=np.float32).reshape(32, 6)
@@ -241,13 +242,15 @@ def test_with_its_source_the_inference_model_takes_any_number_of_rows(built):
     np.save(folder / "trained.npy", np.linspace(-1, 1, said["dimension"], dtype=np.float32))
     x = np.linspace(-2, 2, 32 * 6, dtype=np.float32).reshape(32, 6)
 
-    def unpacked(*source):
-        done = edge_export(folder, "model", "tiny.bundle", "trained.npy", *source, "--out", "rows.onnx")
+    def unpacked(rows, *source):
+        done = edge_export(folder, "model", "tiny.bundle", "trained.npy", *source, "--out", "rows.onnx", "--json")
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
+        size = (folder / "rows.onnx").stat().st_size
+        assert json.loads(done.stdout) == {"out": "rows.onnx", "bytes": size, "rows": rows}
         return onnxruntime.InferenceSession(folder / "rows.onnx", providers=["CPUExecutionProvider"])
 
-    fixed, free = unpacked(), unpacked("tiny.py:build")
+    fixed, free = unpacked(32), unpacked(None, "tiny.py:build")
     assert fixed.get_inputs()[0].shape == [32, 6]
     assert free.get_inputs()[0].shape == ["rows", 6]
     (expected,) = fixed.run(["output"], {"x": x})
@@ -263,8 +266,10 @@ def test_a_model_that_fixes_its_rows_is_unpacked_with_the_bundles_batch_and_that
     done = edge_export(folder, "build", "tiny.py:fixed", "--key", "publisher.key", "--out", "fixed.bundle")
     assert done.returncode == 0, done.stderr
     np.save(folder / "fixed.npy", np.ones(21, dtype=np.float32))
-    done = edge_export(folder, "model", "fixed.bundle", "fixed.npy", "tiny.py:fixed", "--out", "fixed.onnx")
+    command = ("model", "fixed.bundle", "fixed.npy", "tiny.py:fixed", "--out", "fixed.onnx", "--json")
+    done = edge_export(folder, *command)
     assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"] == 32
     assert done.stderr.startswith("edge-export: fixed.onnx takes 32 rows: the model fixes the number of rows: ")
     session = onnxruntime.InferenceSession(folder / "fixed.onnx", providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == [32, 6]
