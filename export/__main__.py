@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from edge_sdk.bundle import Bundle
 from edge_sdk.crypto.identity import Identity
@@ -109,7 +110,7 @@ def _build(options: argparse.Namespace) -> int:
     publisher = _publisher(options.key)
     start = time.perf_counter()
     graphs = [stage for stage in stages(back_ends) if stage not in _STAGES]
-    with _Progress(console, 1 + len(stages(back_ends)) + len(graphs)) as begin:
+    with _prints_aside(), _Progress(console, 1 + len(stages(back_ends)) + len(graphs)) as begin:
         begin("loading the model")
         spec = load_spec(options.source)
         built = build(
@@ -254,7 +255,8 @@ def _check(options: argparse.Namespace) -> int:
 
     bundle = _read(options.bundle, options.publisher)
     tolerance = TOLERANCE if options.tolerance is None else options.tolerance
-    found = check(bundle, load_spec(options.source) if options.source else None, tolerance=tolerance)
+    with _prints_aside():
+        found = check(bundle, load_spec(options.source) if options.source else None, tolerance=tolerance)
     failed = [d for d in found.differences if not d.relative <= tolerance]
     if options.json:
         for difference in found.differences:
@@ -307,7 +309,8 @@ def _model(options: argparse.Namespace) -> int:
             from export.build import load_spec
 
             try:
-                content = any_rows_onnx(bundle, parameters, load_spec(options.source))
+                with _prints_aside():
+                    content = any_rows_onnx(bundle, parameters, load_spec(options.source))
                 result["rows"] = None
             except UnsupportedModelError as error:
                 print(f"edge-export: {options.out} takes {rows} rows: {error}", file=sys.stderr)
@@ -339,6 +342,11 @@ def _write(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
     partial.replace(path)
+
+
+def _prints_aside() -> contextlib.redirect_stdout[TextIO]:
+    """While the user's code runs: what it prints goes to stderr, for stdout holds the result alone."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def _print(options: argparse.Namespace, result: dict[str, object], text: str) -> None:

@@ -64,6 +64,29 @@ def of_size(width):
     return TrainingSpec(nn.Linear(width, 3), "cross_entropy", [torch.zeros(width)], torch.zeros((), dtype=torch.long))
 
 
+def talking():
+    print("a model")
+    return replace(build(), model=Talking(6, 3))
+
+
+class Talking(nn.Linear):
+    def forward(self, x):
+        print("a batch")
+        return super().forward(x)
+
+
+def raising():
+    return torch.load("weights.pt")
+
+
+def importing():
+    import no_such_library
+
+
+def without_label():
+    return TrainingSpec(nn.Linear(6, 3), "mse", [torch.zeros(6)])
+
+
 number = 3
 """
 
@@ -88,6 +111,11 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     (folder / "tiny.py").write_text(SOURCE)
     np.save(folder / "ones.npy", np.ones(6 * 5 + 5 + 5 * 3 + 3, dtype=np.float32))
+    (folder / "unfinished.py").write_text("def build(:\n")
+    for name in ("needy.py", "wanting.py"):
+        (folder / name).write_text("import torch\nimport no_such_library\n")
+    (folder / "named").mkdir()
+    (folder / "named" / "export.py").write_text(SOURCE)
     for suffix in ("npy", "safetensors", "f32", "zip"):
         (folder / f"broken.{suffix}").write_bytes(b"PK\3\4x")
     assert edge_export(folder, "key", "--out", "publisher.key").returncode == 0
@@ -259,6 +287,31 @@ def test_with_its_source_the_inference_model_takes_any_number_of_rows(built):
         np.testing.assert_allclose(output, expected[:rows], rtol=1e-5, atol=1e-6)
 
 
+def test_a_source_may_have_any_name_also_that_of_a_package_here(built):
+    folder, said = built
+    ours = sys.modules["export"]
+    done = edge_export(folder, *("build", "named/export.py:build", *BUILD[2:], "--out", "named.bundle", "--json"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["hash"] == said["hash"]
+    assert sys.modules["export"] is ours
+
+
+def test_what_the_users_code_prints_is_not_in_the_result(built):
+    folder, _ = built
+    done = edge_export(folder, "build", "tiny.py:talking", "--key", "publisher.key", "--out", "loud.bundle", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["bundle"] == "loud.bundle"
+    assert "a model" in done.stderr
+    assert "a batch" in done.stderr
+    done = edge_export(folder, "check", "loud.bundle", "tiny.py:talking", "--json")
+    assert done.returncode == 0, done.stderr
+    assert all(json.loads(line)["ok"] for line in done.stdout.splitlines())
+    np.save(folder / "loud.npy", np.ones(21, dtype=np.float32))
+    done = edge_export(folder, "model", "loud.bundle", "loud.npy", "tiny.py:talking", "--out", "loud.onnx", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["out"] == "loud.onnx"
+
+
 def test_a_model_that_fixes_its_rows_is_unpacked_with_the_bundles_batch_and_that_is_said(built):
     import onnxruntime
 
@@ -289,6 +342,25 @@ def test_a_model_that_fixes_its_rows_is_unpacked_with_the_bundles_batch_and_that
         (("build", "tiny.py:build", "--key", "publisher.key", "--out", "x", "--proximal"), "unit 'device' only"),
         (("build", "tiny.py:build", "--key", "publisher.key", "--out", "x", "--backends", "tpu"), "no back end 'tpu'"),
         (("build", "tiny.py:of_size", "--key", "publisher.key", "--out", "x"), "is called without arguments"),
+        (
+            ("build", "tiny.py:raising", "--key", "publisher.key", "--out", "x"),
+            "tiny.py:raising raised FileNotFoundError: [Errno 2] No such file or directory: 'weights.pt' (tiny.py, lin",
+        ),
+        (
+            ("build", "tiny.py:without_label", "--key", "publisher.key", "--out", "x"),
+            "missing 1 required positional argument: 'label' (tiny.py, line ",
+        ),
+        (
+            ("build", "tiny.py:importing", "--key", "publisher.key", "--out", "x"),
+            "raised ModuleNotFoundError: No module named 'no_such_library' (tiny.py, line ",
+        ),
+        (("build", "needy.py:build", "--key", "publisher.key", "--out", "x"), "'no_such_library' (needy.py, line 2)"),
+        (("build", "wanting:build", "--key", "publisher.key", "--out", "x"), "no_such_library' (wanting.py, line 2)"),
+        (
+            ("build", "unfinished.py:build", "--key", "publisher.key", "--out", "x"),
+            "unfinished.py raised SyntaxError: invalid syntax (unfinished.py, line 1)",
+        ),
+        (("check", "tiny.bundle", "tiny.py:raising"), "tiny.py:raising raised FileNotFoundError"),
         (("check", "tiny.py"), "tiny.py is not a bundle"),
         (("check", "tiny.bundle", "--publisher", "00" * 32), "edge-export: "),
         (("model", "tiny.bundle", "ones.npy", "tiny.py:other", "--out", "x.onnx"), "its parameters are others"),
