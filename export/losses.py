@@ -26,10 +26,16 @@ def _rest_mean(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1) if values.dim() > 1 else values
 
 
-def _same_shape(loss: str, wanted: torch.Size, y: Tensor, what: str) -> None:
+def _same_shape(loss: str, wanted: torch.Size, output: Tensor, y: Tensor, why: str) -> None:
     """Broadcasting would pair every output with every label of the batch."""
     if y.shape != wanted:
-        raise UnsupportedModelError(f"{loss}: labels of {tuple(y.shape)}, but {tuple(wanted)} ({what}) is needed")
+        raise UnsupportedModelError(
+            f"{loss}: labels of {tuple(y.shape)} for an output of {tuple(output.shape)}, both with the batch as the "
+            f"first axis: labels of {tuple(wanted)} are needed, {why}"
+        )
+
+
+_OF_THE_OUTPUT = "the output's shape: give the spec's label, and the device's, that shape, or reshape the output"
 
 
 def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
@@ -37,7 +43,11 @@ def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
 
     A label that is no class makes its example's loss NaN: the example is counted as invalid and contributes nothing.
     """
-    _same_shape("cross_entropy", output.shape[:-1], y, "the output's shape without its last axis, the classes")
+    _same_shape(
+        "cross_entropy", output.shape[:-1], output, y,
+        "one class number for each place of the output, whose last axis is the classes (PyTorch's own loss has them as "
+        "the second)",
+    )  # fmt: skip
     if y.is_floating_point():
         raise UnsupportedModelError(f"cross_entropy: labels of {y.dtype}; use class numbers, int64 or int32")
     classes = torch.arange(output.shape[-1], dtype=y.dtype)
@@ -72,7 +82,7 @@ class _NegativeLogLikelihood(torch.autograd.Function):
 
 def binary_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
     """output: (B, ...) scores (before the sigmoid), y: the same shape in [0, 1]; the mean over the rest."""
-    _same_shape("binary_cross_entropy", output.shape, y, "the output's shape")
+    _same_shape("binary_cross_entropy", output.shape, output, y, _OF_THE_OUTPUT)
     values: Tensor = _BinaryCrossEntropy.apply(output, y.to(output.dtype))
     return _rest_mean(values)
 
@@ -102,7 +112,7 @@ class _BinaryCrossEntropy(torch.autograd.Function):
 
 def mse(output: Tensor, y: Tensor) -> Tensor:
     """The mean squared difference over all but the batch axis."""
-    _same_shape("mse", output.shape, y, "the output's shape")
+    _same_shape("mse", output.shape, output, y, _OF_THE_OUTPUT)
     difference = output - y.to(output.dtype)
     return _rest_mean(difference * difference)
 
@@ -129,7 +139,7 @@ LOSSES = {
 def resolve_loss(loss: str | Callable[[Tensor, Tensor], Tensor]) -> Loss:
     """A loss by its name, or a user's own per-example callable."""
     if callable(loss):
-        return Loss(getattr(loss, "__name__", "custom"), loss, _none)
+        return Loss(getattr(loss, "__name__", type(loss).__name__), loss, _none)
     if loss not in LOSSES:
         raise UnsupportedModelError(f"no loss is called {loss!r}: use {', '.join(LOSSES)} or a callable")
     return LOSSES[loss]
