@@ -279,8 +279,9 @@ def _check(options: argparse.Namespace) -> int:
                 *(f"[bold red]{row[r]:.1e}[/]" if not row[r] <= tolerance else f"{row[r]:.1e}" for r in runtimes),
             )
         Console().print(table)
-    if failed:
-        print(f"edge-export: {len(failed)} differences are over {tolerance:g}", file=sys.stderr)
+    number = len(found.differences)
+    verdict = f"{len(failed)} differences are over" if failed else f"all {number} differences are within"
+    print(f"edge-export: {verdict} {tolerance:g}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -211,6 +211,7 @@ def test_check_compares_the_run_times_and_fails_past_the_tolerance(built):
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["tensor"] for row in rows} >= {"grad.0.weight", "grad.2.bias", "loss", "count"}
     assert all(row["reference"] == "torch" and row["ok"] for row in rows)
+    assert done.stderr == f"edge-export: all {len(rows)} differences are within 1e-05\n"
     alone = edge_export(folder, "check", "tiny.bundle")
     assert alone.returncode == 0, alone.stderr
     strict = edge_export(folder, "check", "tiny.bundle", "tiny.py:build", "--tolerance", "-1")
