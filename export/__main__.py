@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+import msgspec
+
 from edge_sdk.bundle import Bundle
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError, SordinoError
@@ -129,6 +131,9 @@ def _build(options: argparse.Namespace) -> int:
     _show(console, f"{spec.name}: unit {options.unit}, batch {options.batch}", built, ms)
     result = {
         "bundle": str(options.out),
+        "inputs": [msgspec.to_builtins(tensor) for tensor in built.manifest.inputs],
+        "label": msgspec.to_builtins(built.manifest.label),
+        "output": msgspec.to_builtins(built.manifest.output),
         "hash": bundle.hash.hex(),
         "publisher": publisher.public_key.hex(),
         "dimension": bundle.dimension,
@@ -209,6 +214,13 @@ def _show(console: Console, title: str, built: Built, ms: dict[str, float]) -> N
             f"[bold yellow]{escape(row.parameter)}[/] has no fast rule ({escape(row.reason)}): its gradients are "
             "exact, but cost one backward pass for each example."
         )
+    arrays = Table(title="one example", caption="arrays of examples have one axis more, the first")
+    for heading in ("array", "shape", "type", "values"):
+        arrays.add_column(heading, overflow="fold")
+    for tensor in (*built.manifest.inputs, built.manifest.label):
+        values = "" if tensor.below is None else f"0 to {tensor.below - 1}"
+        arrays.add_row(tensor.name, "x".join(map(str, tensor.shape)) or "scalar", tensor.dtype, values)
+    console.print(arrays)
     entries = Table(
         title="the bundle",
         caption=f"ms: one run on a batch of {built.manifest.batch}, one thread of this machine; train: a training step",

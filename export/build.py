@@ -35,7 +35,7 @@ from edge_sdk.bundle import (
 from edge_sdk.crypto.identity import Identity
 from edge_sdk.errors import ParameterError, SordinoError
 from export.errors import place_of
-from export.graph import CapturedStep, TrainingSpec, Unit, capture
+from export.graph import NOT_USED, CapturedStep, TrainingSpec, Unit, capture
 from export.losses import resolve_loss
 from export.to_onnx import to_onnx, train_to_onnx
 
@@ -49,6 +49,11 @@ _DTYPES = {
     torch.bool: "bool",
 }
 
+
+_ALREADY_IN_THE_LOSS = (
+    ("cross_entropy", torch.ops.aten.softmax.int, "softmax"),
+    ("binary_cross_entropy", torch.ops.aten.sigmoid.default, "sigmoid"),
+)
 
 LARGEST_COVERED_BATCH = 40
 """Up to it the worst case of float32's rounding of everybody else's part of the sum is within what the device's
@@ -190,7 +195,7 @@ def build(
     )
     values = {p.name: p.value.numpy() for p in step.parameters}
     bundle = write_bundle(draft, graphs, values, publisher)
-    return Built(bundle, step, draft, _entry_sizes(bundle), tuple(_warnings(unit, batch)))
+    return Built(bundle, step, draft, _entry_sizes(bundle), tuple(_warnings(step, unit, batch)))
 
 
 def stages(back_ends: Sequence[BackEnd]) -> tuple[str, ...]:
@@ -204,7 +209,17 @@ def _entry_sizes(bundle: bytes) -> dict[str, int]:
         return {entry.filename: entry.file_size for entry in archive.infolist()}
 
 
-def _warnings(unit: Unit, batch: int) -> Iterator[str]:
+def _warnings(step: CapturedStep, unit: Unit, batch: int) -> Iterator[str]:
+    shared = {p.name for p in step.parameters if p.role == "shared"}
+    idle = [row.parameter for row in step.report if row.reason == NOT_USED and row.parameter in shared]
+    if idle:
+        yield (
+            f"{', '.join(idle)}: the loss does not depend on this, and yet every round sends it and adds noise to it. "
+            "Remove it from the model, or name it in `frozen`."
+        )
+    for loss, operator, name in _ALREADY_IN_THE_LOSS:
+        if step.loss.name == loss and step.recorder.output_operator is operator:
+            yield f"The model ends in a {name}, and {loss} has one inside: it takes scores. Remove the model's."
     if unit == "example" and batch > LARGEST_COVERED_BATCH:
         yield (
             f"A batch of {batch} is above {LARGEST_COVERED_BATCH}: the worst case of float32's rounding is then not "

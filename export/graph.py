@@ -50,6 +50,8 @@ _PRODUCTS = {
     aten.conv1d.default: 1, aten.conv2d.default: 1, aten.conv1d.padding: 1, aten.conv2d.padding: 1,
 }  # fmt: skip
 """Products, and which argument is the weight."""
+NOT_USED = "not used: its gradient is zero"
+"""The reason in the report of a parameter that the loss does not depend on."""
 _LARGEST = 3.0e38  # below float32's largest: what is above it, or NaN, does not count
 
 
@@ -438,7 +440,7 @@ class _Builder:
             if placeholder not in gathered and placeholder not in recording.fallback:
                 zero = torch.zeros((self.batch, *p.value.shape))
                 uses[p.name] = Dense(zero)
-                report.append(LayerReport(p.name, "fast", "not used: its gradient is zero"))
+                report.append(LayerReport(p.name, "fast", NOT_USED))
         return uses
 
     def _through_views(self, use: Dense, source: fx.Node, parameter: Tensor) -> Dense:

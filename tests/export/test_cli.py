@@ -75,6 +75,36 @@ class Talking(nn.Linear):
         return super().forward(x)
 
 
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 3), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.first(x), self.second(x)
+
+
+def idle():
+    return replace(other(), model=TwoHeads())
+
+
+def idle_and_frozen():
+    return replace(idle(), frozen=["second"])
+
+
+def softened():
+    return replace(other(), model=nn.Sequential(nn.Linear(6, 3), nn.Softmax(-1)))
+
+
+def squashed():
+    model = nn.Sequential(nn.Linear(6, 3), nn.Sigmoid())
+    return TrainingSpec(model, "binary_cross_entropy", [torch.zeros(6)], torch.zeros(3))
+
+
+def squashed_for_mse():
+    return replace(squashed(), loss="mse")
+
+
 def raising():
     return torch.load("weights.pt")
 
@@ -143,6 +173,37 @@ def test_build_says_what_it_made(built):
     assert said["gradients"]["0.weight"] == {"path": "fast", "reason": "outer, 1 use"}
     assert set(said["step_ms"]) == set(said["predict_ms"]) == {"onnxruntime"}
     assert min(*said["step_ms"].values(), *said["predict_ms"].values()) > 0
+
+
+def test_build_says_what_one_example_is(built):
+    folder, said = built
+    assert said["inputs"] == [{"name": "x", "shape": [6], "dtype": "float32", "below": None}]
+    assert said["label"] == {"name": "y", "shape": [], "dtype": "int64", "below": 3}
+    assert said["output"] == {"name": "output", "shape": [3], "dtype": "float32", "below": None}
+    done = edge_export(folder, *BUILD, "--out", "told.bundle")
+    rows = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in done.stderr.splitlines()]
+    assert ["x", "6", "float32"] in [row[:3] for row in rows]
+    assert ["y", "scalar", "int64", "0 to 2"] in rows
+
+
+@pytest.mark.parametrize(
+    ("function", "warned"),
+    [
+        ("idle", "second.weight, second.bias: the loss does not depend on this, and yet every round sends it"),
+        ("idle_and_frozen", None),
+        ("softened", "The model ends in a softmax, and cross_entropy has one inside: it takes scores."),
+        ("squashed", "The model ends in a sigmoid, and binary_cross_entropy has one inside: it takes scores."),
+        ("squashed_for_mse", None),
+    ],
+)
+def test_build_warns_of_what_trains_but_not_as_it_was_meant(built, function, warned):
+    folder, _ = built
+    done = edge_export(
+        folder, "build", f"tiny.py:{function}", "--key", "publisher.key", "--out", "doubtful.bundle", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    warnings = json.loads(done.stdout)["warnings"]
+    assert [warning.startswith(warned or "nothing") for warning in warnings] == [True] * bool(warned)
 
 
 def test_build_gives_the_size_of_every_entry_and_of_the_file(built):
