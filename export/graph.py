@@ -183,7 +183,7 @@ class _Builder:
             pairs = [pair(x, self.vocabulary or 2, draw) for x in self.inputs]
             first = dict(zip(self.example_nodes, (one for one, _ in pairs), strict=True))
             second = dict(zip(self.example_nodes, (two for _, two in pairs), strict=True))
-            base = self.recorder.run({**values, **first})
+            base = self._first_run({**values, **first})
             classes = base.first_output.shape[-1] if base.first_output.dim() > self.label.dim() else 2
             labels = pair(self.label, classes, lambda y: torch.rand(y.shape, generator=generator))
             return Draws(first, second, *labels), base
@@ -208,6 +208,19 @@ class _Builder:
         probe(self.recorder, values, large, self._losses, self.batch)
         self._check_alone(values, found.first, base)
         return layouts
+
+    def _first_run(self, values: Mapping[str, Tensor]) -> Recording:
+        try:
+            return self.recorder.run(values)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # an operator may raise anything for values that it does not take
+            integers = any(not x.is_floating_point() for x in self.inputs)
+            drawn = f"integers in [0, {self.vocabulary or 2})" if integers else "normal numbers"
+            remedy = "the spec's `vocabulary` says below what they lie" if integers else "a model has to take them"
+            raise UnsupportedModelError(
+                f"the model fails on random inputs, {drawn}: {first_line(error)}; {remedy}"
+            ) from error
 
     def _check_alone(self, values: Mapping[str, Tensor], inputs: Mapping[str, Tensor], base: Recording) -> None:
         """The graph for one example must say the same as the graph for a batch: the fallback differentiates it."""
@@ -502,6 +515,11 @@ def _check_spec(spec: TrainingSpec) -> None:
             raise UnsupportedModelError(
                 f"{field_name} is {names!r}: give a list of names of parameters, or of layers, as strings"
             )
+    below: object = spec.vocabulary
+    if below is not None and not (type(below) is int and below >= 1):
+        raise UnsupportedModelError(
+            f"vocabulary is {below!r}: integer inputs lie in [0, vocabulary), so a number from 1"
+        )
     for name, value in (*spec.model.named_parameters(), *spec.model.named_buffers()):
         if is_lazy(value):
             raise UnsupportedModelError(

@@ -50,6 +50,11 @@ def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
     )  # fmt: skip
     if y.is_floating_point():
         raise UnsupportedModelError(f"cross_entropy: labels of {y.dtype}; use class numbers, int64 or int32")
+    if output.shape[-1] == 1:
+        raise UnsupportedModelError(
+            "cross_entropy: the output has one class, so that every loss is 0: give it one score for each class, or "
+            "use binary_cross_entropy"
+        )
     classes = torch.arange(output.shape[-1], dtype=y.dtype)
     chosen = (y.unsqueeze(-1) == classes).to(output.dtype)
     known = chosen.sum(-1)  # 1, or 0 for a label that is no class

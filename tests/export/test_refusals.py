@@ -671,6 +671,26 @@ def test_a_spec_of_other_types() -> None:
     assert message == "local is [0]: give a list of names of parameters, or of layers, as strings"
 
 
+@pytest.mark.parametrize("vocabulary", [0, -1, "9", True])
+def test_a_vocabulary_that_is_no_number_from_one(vocabulary: Any) -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(16, 3))
+    assert refusal(model, TOKENS, vocabulary=vocabulary).startswith(f"vocabulary is {vocabulary!r}: integer inputs lie")
+
+
+def test_a_vocabulary_beyond_the_embedding() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(16, 3))
+    assert refusal(model, TOKENS, vocabulary=1000) == (
+        "the model fails on random inputs, integers in [0, 1000): index out of range in self; the spec's `vocabulary` "
+        "says below what they lie"
+    )
+
+
+def test_one_class_for_cross_entropy() -> None:
+    message = refusal(nn.Linear(5, 1))
+    assert message.startswith("cross_entropy: the output has one class, so that every loss is 0: ")
+    assert message.endswith("or use binary_cross_entropy")
+
+
 def test_a_model_without_values() -> None:
     message = refusal(nn.Sequential(nn.LazyLinear(3)))
     assert message.startswith("0.weight has no shape yet, for its layer is a lazy one: run the model once on a batch")
