@@ -2,12 +2,13 @@
 
     python benchmarks/train_step.py --json --model mlp --model lenet --backend onnxruntime --batch 32
 
-For every model of the zoo, in one process with one thread: the captured step in each back end, eager PyTorch's ordinary
-SGD step (forward, backward, update; nothing clipped), PyTorch's vmap(grad) with clipping and summing, and Opacus with
-ghost clipping and its noise off. The contenders take turns, so that a busy machine disturbs all of them alike; a figure
-is the median over the turns, in milliseconds. What a contender cannot do is null, with the reason on stderr; a back end
-that cannot take part has a row of nulls with its `reason`, also where its program is not built within `--build-seconds`
-(ExecuTorch's lowering takes minutes for graphs of thousands of operators).
+For every model of examples/models but digits (a linear layer, as logistic is), in one process with one thread: the
+captured step in each back end, eager PyTorch's ordinary SGD step (forward, backward, update; nothing clipped),
+PyTorch's vmap(grad) with clipping and summing, and Opacus with ghost clipping and its noise off. The contenders take
+turns, so that a busy machine disturbs all of them alike; a figure is the median over the turns, in milliseconds. What a
+contender cannot do is null, with the reason on stderr; a back end that cannot take part has a row of nulls with its
+`reason`, also where its program is not built within `--build-seconds` (ExecuTorch's lowering takes minutes for graphs
+of thousands of operators).
 
 `max_rel_error` is the largest distance of a tensor of the clipped sum (unit "device": of the new parameters' change)
 from the same computed in float64 one example at a time, over that tensor's norm. Half of the examples are clipped, and

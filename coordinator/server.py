@@ -643,7 +643,9 @@ class Server:
         running.publish(row)
         came = sum(group.contributors for group in done.sums.values())
         spent = rounds.spent(live.task, live.planned, row.number, max(running.sends.values(), default=0))
-        opened_s = ticket.closes_s - live.task.schedule.open_s
+        with self._store.reading() as t:
+            round_row = t.round(tid)  # not from closes_s, which is in whole seconds
+        took_s = now_s - round_row.opened_s if round_row is not None else 0.0
         self._batch.say(
             events.ModelPublished(
                 ticket.task,
@@ -653,7 +655,7 @@ class Server:
                 row.metrics,
                 spent,
                 model.clip,
-                now_s - opened_s,
+                took_s,
                 reason,
                 live.planned.loss,
             )

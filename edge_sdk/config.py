@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,10 +78,23 @@ def examples_source(directory: Path, given: str) -> Callable[[], Any]:
 
 def _load_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     try:
-        with np.load(path, allow_pickle=False) as file:  # a pickle could run anything
-            return dict(file)
-    except (OSError, ValueError) as error:
+        with path.open("rb") as stream:
+            if not zipfile.is_zipfile(stream):  # numpy would take it for a pickle, and advise to load that
+                raise ParameterError(f"{path} is no .npz file, or not a whole one: numpy.savez makes one")
+            stream.seek(0)
+            with np.load(stream, allow_pickle=False) as file:  # a pickle could run anything
+                return {name: _one_array(path, file, name) for name in file.files}
+    except ParameterError:
+        raise  # which is a ValueError too
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ParameterError(f"{path}: {reason(error)}") from error
+
+
+def _one_array(path: Path, file: Mapping[str, np.ndarray[Any, Any]], name: str) -> np.ndarray[Any, Any]:
+    try:
+        return file[name]
+    except ValueError as error:
+        raise ParameterError(f"{path}: {name!r} is no array of numbers: {reason(error)}") from error
 
 
 def _load_function(directory: Path, module: str, function: str) -> Callable[[], Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -10,7 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
+
+import msgspec
 
 from edge_sdk.bundle import Bundle
 from edge_sdk.crypto.identity import Identity
@@ -109,7 +112,7 @@ def _build(options: argparse.Namespace) -> int:
     publisher = _publisher(options.key)
     start = time.perf_counter()
     graphs = [stage for stage in stages(back_ends) if stage not in _STAGES]
-    with _Progress(console, 1 + len(stages(back_ends)) + len(graphs)) as begin:
+    with _prints_aside(), _Progress(console, 1 + len(stages(back_ends)) + len(graphs)) as begin:
         begin("loading the model")
         spec = load_spec(options.source)
         built = build(
@@ -128,6 +131,9 @@ def _build(options: argparse.Namespace) -> int:
     _show(console, f"{spec.name}: unit {options.unit}, batch {options.batch}", built, ms)
     result = {
         "bundle": str(options.out),
+        "inputs": [msgspec.to_builtins(tensor) for tensor in built.manifest.inputs],
+        "label": msgspec.to_builtins(built.manifest.label),
+        "output": msgspec.to_builtins(built.manifest.output),
         "hash": bundle.hash.hex(),
         "publisher": publisher.public_key.hex(),
         "dimension": bundle.dimension,
@@ -208,6 +214,13 @@ def _show(console: Console, title: str, built: Built, ms: dict[str, float]) -> N
             f"[bold yellow]{escape(row.parameter)}[/] has no fast rule ({escape(row.reason)}): its gradients are "
             "exact, but cost one backward pass for each example."
         )
+    arrays = Table(title="one example", caption="arrays of examples have one axis more, the first")
+    for heading in ("array", "shape", "type", "values"):
+        arrays.add_column(heading, overflow="fold")
+    for tensor in (*built.manifest.inputs, built.manifest.label):
+        values = "" if tensor.below is None else f"0 to {tensor.below - 1}"
+        arrays.add_row(tensor.name, "x".join(map(str, tensor.shape)) or "scalar", tensor.dtype, values)
+    console.print(arrays)
     entries = Table(
         title="the bundle",
         caption=f"ms: one run on a batch of {built.manifest.batch}, one thread of this machine; train: a training step",
@@ -254,7 +267,8 @@ def _check(options: argparse.Namespace) -> int:
 
     bundle = _read(options.bundle, options.publisher)
     tolerance = TOLERANCE if options.tolerance is None else options.tolerance
-    found = check(bundle, load_spec(options.source) if options.source else None, tolerance=tolerance)
+    with _prints_aside():
+        found = check(bundle, load_spec(options.source) if options.source else None, tolerance=tolerance)
     failed = [d for d in found.differences if not d.relative <= tolerance]
     if options.json:
         for difference in found.differences:
@@ -277,8 +291,9 @@ def _check(options: argparse.Namespace) -> int:
                 *(f"[bold red]{row[r]:.1e}[/]" if not row[r] <= tolerance else f"{row[r]:.1e}" for r in runtimes),
             )
         Console().print(table)
-    if failed:
-        print(f"edge-export: {len(failed)} differences are over {tolerance:g}", file=sys.stderr)
+    number = len(found.differences)
+    verdict = f"{len(failed)} differences are over" if failed else f"all {number} differences are within"
+    print(f"edge-export: {verdict} {tolerance:g}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -299,27 +314,31 @@ def _model(options: argparse.Namespace) -> int:
     _check_out(options.out)
     bundle = _read(options.bundle, options.publisher)
     parameters = trained_parameters(bundle, read_shared(bundle, options.parameters))
+    result: dict[str, object] = {}
     if suffix == ".onnx":
-        content = inference_onnx(bundle, parameters)
+        content, rows = inference_onnx(bundle, parameters), bundle.manifest.batch
+        result["rows"] = rows
         if options.source:
             from export.build import load_spec
 
             try:
-                content = any_rows_onnx(bundle, parameters, load_spec(options.source))
+                with _prints_aside():
+                    content = any_rows_onnx(bundle, parameters, load_spec(options.source))
+                result["rows"] = None
             except UnsupportedModelError as error:
-                print(f"edge-export: {options.out} takes {bundle.manifest.batch} rows: {error}", file=sys.stderr)
-        _write(options.out, content)
+                print(f"edge-export: {options.out} takes {rows} rows: {error}", file=sys.stderr)
     elif suffix == ".safetensors":
         from safetensors.numpy import save
 
-        _write(options.out, save(parameters))
+        content = save(parameters)
     else:
         import torch
 
         saved = io.BytesIO()
         torch.save(state_dict(parameters), saved)
-        _write(options.out, saved.getvalue())
-    _print(options, {"out": str(options.out), "bytes": options.out.stat().st_size}, str(options.out))
+        content = saved.getvalue()
+    _write(options.out, content)
+    _print(options, {"out": str(options.out), "bytes": len(content), **result}, str(options.out))
     return 0
 
 
@@ -336,6 +355,11 @@ def _write(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
     partial.replace(path)
+
+
+def _prints_aside() -> contextlib.redirect_stdout[TextIO]:
+    """While the user's code runs: what it prints goes to stderr, for stdout holds the result alone."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def _print(options: argparse.Namespace, result: dict[str, object], text: str) -> None:

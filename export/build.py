@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -32,8 +33,9 @@ from edge_sdk.bundle import (
     write_bundle,
 )
 from edge_sdk.crypto.identity import Identity
-from edge_sdk.errors import ParameterError
-from export.graph import CapturedStep, TrainingSpec, Unit, capture
+from edge_sdk.errors import ParameterError, SordinoError
+from export.errors import place_of
+from export.graph import NOT_USED, CapturedStep, TrainingSpec, Unit, capture
 from export.losses import resolve_loss
 from export.to_onnx import to_onnx, train_to_onnx
 
@@ -47,6 +49,11 @@ _DTYPES = {
     torch.bool: "bool",
 }
 
+
+_ALREADY_IN_THE_LOSS = (
+    ("cross_entropy", torch.ops.aten.softmax.int, "softmax"),
+    ("binary_cross_entropy", torch.ops.aten.sigmoid.default, "sigmoid"),
+)
 
 LARGEST_COVERED_BATCH = 40
 """Up to it the worst case of float32's rounding of everybody else's part of the sum is within what the device's
@@ -69,28 +76,31 @@ class Built:
 def load_spec(reference: str) -> TrainingSpec:
     """The spec that MODULE:FUNCTION returns. MODULE: a dotted name, or the path of a .py file.
 
-    Raises ParameterError that says which half is wrong.
+    Raises ParameterError that says which half is wrong, or what the user's code raised and in which line.
     """
     module_name, separator, function_name = reference.rpartition(":")
     if not separator or not module_name or not function_name:
         raise ParameterError(f"{reference!r} is not MODULE:FUNCTION, for example examples/models/mlp.py:build")
     if module_name.endswith(".py"):
         path = Path(module_name)
-        found = importlib.util.spec_from_file_location(path.stem, path)
+        name = f"source_{path.stem}"  # no other module's: a user's export.py is not this package
+        found = importlib.util.spec_from_file_location(name, path)
         if not path.is_file() or found is None or found.loader is None:
             raise ParameterError(f"there is no file {module_name}")
         module = importlib.util.module_from_spec(found)
-        sys.modules[path.stem] = module
-        found.loader.exec_module(module)
+        sys.modules[name] = module  # before it runs: dataclasses look their module up
+        with _blamed(module_name):
+            found.loader.exec_module(module)
     else:
         if "" not in sys.path:
             sys.path.insert(0, "")  # as `python -m` would: a module beside the user
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not module_name.startswith(error.name):
-                raise  # the user's module is there; something that it imports is not
-            raise ParameterError(f"there is no module {module_name}") from error
+        with _blamed(module_name):
+            try:
+                module = importlib.import_module(module_name)
+            except ModuleNotFoundError as error:
+                if error.name is None or not module_name.startswith(error.name):
+                    raise  # the user's module is there; something that it imports is not
+                raise ParameterError(f"there is no module {module_name}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ParameterError(f"{module_name} has no function {function_name}")
@@ -102,10 +112,22 @@ def load_spec(reference: str) -> TrainingSpec:
         ) from error
     except ValueError:
         pass  # written in C, without a signature
-    spec = function()
+    with _blamed(reference):
+        spec = function()
     if not isinstance(spec, TrainingSpec):
         raise ParameterError(f"{reference} returned {type(spec).__name__}, not an export.graph.TrainingSpec")
     return spec
+
+
+@contextlib.contextmanager
+def _blamed(source: str) -> Iterator[None]:
+    """What the user's own code raises, as a ParameterError that names the line in it."""
+    try:
+        yield
+    except SordinoError:
+        raise
+    except Exception as error:
+        raise ParameterError(f"{source} raised {type(error).__name__}: {error}{place_of(error)}") from error
 
 
 def build(
@@ -173,7 +195,7 @@ def build(
     )
     values = {p.name: p.value.numpy() for p in step.parameters}
     bundle = write_bundle(draft, graphs, values, publisher)
-    return Built(bundle, step, draft, _entry_sizes(bundle), tuple(_warnings(unit, batch)))
+    return Built(bundle, step, draft, _entry_sizes(bundle), tuple(_warnings(step, unit, batch)))
 
 
 def stages(back_ends: Sequence[BackEnd]) -> tuple[str, ...]:
@@ -187,7 +209,17 @@ def _entry_sizes(bundle: bytes) -> dict[str, int]:
         return {entry.filename: entry.file_size for entry in archive.infolist()}
 
 
-def _warnings(unit: Unit, batch: int) -> Iterator[str]:
+def _warnings(step: CapturedStep, unit: Unit, batch: int) -> Iterator[str]:
+    shared = {p.name for p in step.parameters if p.role == "shared"}
+    idle = [row.parameter for row in step.report if row.reason == NOT_USED and row.parameter in shared]
+    if idle:
+        yield (
+            f"{', '.join(idle)}: the loss does not depend on this, and yet every round sends it and adds noise to it. "
+            "Remove it from the model, or name it in `frozen`."
+        )
+    for loss, operator, name in _ALREADY_IN_THE_LOSS:
+        if step.loss.name == loss and step.recorder.output_operator is operator:
+            yield f"The model ends in a {name}, and {loss} has one inside: it takes scores. Remove the model's."
     if unit == "example" and batch > LARGEST_COVERED_BATCH:
         yield (
             f"A batch of {batch} is above {LARGEST_COVERED_BATCH}: the worst case of float32's rounding is then not "

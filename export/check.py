@@ -31,6 +31,8 @@ SHARE = 1e-2
 NUDGE = 1e-6
 """Relative change of inputs and parameters that shows a kink: some float32 rounding errors."""
 NUDGES = 8
+OUT_OF_REACH = 1e6
+"""A clip and a loss bound that no example reaches."""
 REDRAWS = 3
 """Batches drawn anew for each one wanted, at most."""
 
@@ -155,6 +157,8 @@ def _nudged(bundle: Bundle, exact: Graph64, feed: Sequence[Array], expected: Map
 def batch_of(bundle: Bundle, number: int, examples: int | None = None) -> list[Array]:
     """Inputs of the training graph: the bundle's parameters and random examples, from batch 1 on a third masked.
 
+    Clip and loss bound are small in even batches and out of reach in odd ones: with the small ones alone most models'
+    examples would all be clipped, and all losses be the bound, whatever the graph makes of others.
     examples: how many are not padding; all if not given.
     """
     generator = np.random.default_rng(number)  # noqa: TID251  (examples for a comparison: nothing secret)
@@ -172,7 +176,8 @@ def batch_of(bundle: Bundle, number: int, examples: int | None = None) -> list[A
     if number and mask[1:].any():
         mask[::3] = 0.0
     feed.append(mask)
-    scalars = {"example": (0.5, 1.0), "device": (0.5,)}  # clip and loss bound; learning rate
+    bounds = (OUT_OF_REACH, OUT_OF_REACH) if number % 2 else (0.5, 1.0)
+    scalars = {"example": bounds, "device": (0.5,)}  # clip and loss bound; learning rate
     feed += [np.array(value, dtype=np.float32) for value in scalars[manifest.unit]]
     if manifest.options.proximal:
         feed.append(np.array(0.1, dtype=np.float32))

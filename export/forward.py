@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
+import logging
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as module_hooks
+from torch.utils._pytree import tree_leaves
 
-from export.errors import UnsupportedModelError
+from export.errors import UnsupportedModelError, first_line, place_of
 from export.layers.recorder import REWRITES, layer_of
 
 aten = torch.ops.aten
@@ -40,13 +43,20 @@ class Forward:
     written: Hashable
 
 
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a model that holds what its last run computed, as one that shows its attention does."""
+    held = tree_leaves([list(vars(module).values()) for module in model.modules()])
+    computed = {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
+    return copy.deepcopy(model, computed)  # deepcopy refuses tensors that were computed, unless it is told their copy
+
+
 def check_inputs(model: nn.Module, inputs: Sequence[Tensor]) -> None:
     """Run `model` once as it is, for what torch.export says of inputs that do not fit is long and names another cause.
 
     inputs: (B, ...); integers are taken as 0, because an example's values do not matter and may lie outside of a table.
     Raises UnsupportedModelError that names the layer which does not take them.
     """
-    tried = copy.deepcopy(model)  # a layer may count the batches that it has seen
+    tried = copy_of(model)  # a layer may count the batches that it has seen
     entered: list[str] = []
     with warnings.catch_warnings(), _watched(tried, entered), torch.random.fork_rng(devices=()):
         warnings.simplefilter("ignore")  # whatever matters comes again in the capture
@@ -56,15 +66,56 @@ def check_inputs(model: nn.Module, inputs: Sequence[Tensor]) -> None:
             given = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
             raise UnsupportedModelError(
                 f"{entered[-1] if entered else 'the model'}: the model does not take these inputs, {given}: "
-                f"{first_line(error)}. They are the spec's `inputs`, one for each argument of forward, with a batch "
-                "axis before their own."
+                f"{first_line(error)}{place_of(error)}. They are the spec's `inputs`, one for each argument of "
+                "forward, with a batch axis before their own."
             ) from error
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, without PyTorch's advice to its developers and without a last full stop."""
-    said = str(error).strip()
-    return said.splitlines()[0].removesuffix(".") if said else type(error).__name__
+def check_repeats(model: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """Run `model` twice on the same random inputs, for what it keeps between two runs would be constant in the graph.
+
+    inputs: (B, ...), of which only shape and dtype matter.
+    Raises UnsupportedModelError that names the layer whose output is another the second time.
+    """
+    tried = copy_of(model)
+    outputs: list[tuple[str, Tensor]] = []
+    for name, module in tried.named_modules():
+        module.register_forward_hook(
+            lambda module, args, output, name=name: outputs.extend(
+                (_called(name, module), value.detach().clone())
+                for value in tree_leaves(output)
+                if isinstance(value, Tensor) and value.is_floating_point()
+            )
+        )
+    state = {name: value.clone() for name, value in tried.named_buffers()}
+    runs = []
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
+        warnings.simplefilter("ignore")  # whatever matters comes again in the capture
+        drawn = [torch.rand(x.shape) if x.is_floating_point() else torch.zeros_like(x) for x in inputs]
+        for _ in range(2):
+            torch.manual_seed(0)
+            try:
+                tried(*drawn)
+            except Exception:  # noqa: BLE001  (the user's code may want other values than these; capture has none)
+                return
+            runs.append(outputs.copy())
+            outputs.clear()
+    if any(not torch.equal(value, state[name]) for name, value in tried.named_buffers() if name in state):
+        return  # a buffer changes: the capture refuses that by the buffer's name, or has a remedy for the layer
+    first, second = runs
+    for (layer, one), (_, two) in zip(first, second, strict=False):
+        close = 1e-4 * float(one.abs().nan_to_num(0, 0, 0).max()) if one.numel() else 0.0
+        if one.shape != two.shape or not torch.allclose(one, two, rtol=1e-4, atol=close, equal_nan=True):
+            raise UnsupportedModelError(
+                f"{layer}: its output is another when it is run again on the same inputs. What a layer keeps "
+                "between two runs in an attribute of its own (a counter, the last batch's state), and random "
+                "numbers that are not PyTorch's, would be constants in the graph: make them inputs of the "
+                "model, or remove them."
+            )
+
+
+def _called(name: str, module: nn.Module) -> str:
+    return f"{name or 'the model itself'} ({type(module).__name__})"
 
 
 def capture_forward(model: nn.Module, inputs: Sequence[Tensor], known: Forward | None = None) -> Forward:
@@ -79,12 +130,13 @@ def capture_forward(model: nn.Module, inputs: Sequence[Tensor], known: Forward |
     with warnings.catch_warnings(), _watched(model, entered):
         warnings.simplefilter("ignore")  # about torch's own tree specifications, and about a GRU's weight list
         try:
-            program = torch.export.export(model, tuple(inputs))
+            with _quiet():
+                program = torch.export.export(model, tuple(inputs))
         except Exception as error:  # torch.export has no base class for what it refuses
             raise UnsupportedModelError(
                 f"{entered[-1] if entered else 'the model'}: the forward pass cannot be captured as one graph: "
-                f"{first_line(error)}. Control flow that depends on the data cannot be trained on a device: use "
-                "torch.where, or fixed loops."
+                f"{first_line(error)}{place_of(error)}. Control flow that depends on the data, and other libraries "
+                "than PyTorch, have no place in a training graph: use torch.where, fixed loops and PyTorch's operators."
             ) from error
         for node in program.graph.nodes:
             _refuse(node)
@@ -172,7 +224,7 @@ def _watched(model: nn.Module, entered: list[str]) -> Iterator[None]:
     names = {module: name for name, module in model.named_modules()}
 
     def before(module: nn.Module, args: Any) -> None:
-        entered.append(f"{names.get(module) or 'the model itself'} ({type(module).__name__})")
+        entered.append(_called(names.get(module, ""), module))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         entered.pop()
@@ -186,6 +238,18 @@ def _watched(model: nn.Module, entered: list[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the graph and the log lines that torch.export prints before it raises: its error says the same."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _refuse(node: fx.Node) -> None:
@@ -215,11 +279,15 @@ def _refuse(node: fx.Node) -> None:
         raise UnsupportedModelError(f"{layer_of(node)}: running statistics mix examples; use track_running_stats=False")
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and node.target not in REWRITES:
         training = given.get("train", given.get("training", True))
-        share = given.get("dropout_p", given.get("dropout", given.get("p", 1.0)))
-        if training and share:
+        share = given.get("dropout_p", given.get("dropout", given.get("p")))
+        if training and share != 0:
+            remedy = "Random numbers have to be an input of the model."
+            if share is not None:
+                remedy = f"Its p is {share}: set it to 0, or call .eval() on the layer."
+            elif "training" in given:
+                remedy = "Call .eval() on the layer."
             raise UnsupportedModelError(
-                f"{layer_of(node)}: {node.target} (p = {share}) would need randomness inside the graph. For dropout "
-                "set p = 0, or call .eval() on it; other random numbers have to be an input."
+                f"{layer_of(node)}: {node.target} would need randomness inside the graph. {remedy}"
             )
 
 

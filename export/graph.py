@@ -7,7 +7,6 @@ sums into one graph of plain operators. ONNX and ExecuTorch are made from that g
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import grad, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.parameter import is_lazy
 
 import export.layers.activations
 import export.layers.convolution
@@ -25,8 +25,8 @@ import export.layers.pooling
 import export.layers.resampling
 import export.layers.sequence  # noqa: F401  (the handlers register themselves)
 from export.decompositions import DECOMPOSITIONS, simplify
-from export.errors import UnsupportedModelError
-from export.forward import aliases, capture_forward, check_inputs, first_line
+from export.errors import UnsupportedModelError, first_line, place_of
+from export.forward import aliases, capture_forward, check_inputs, check_repeats, copy_of
 from export.layers.probe import Draws, probe
 from export.layers.recorder import (
     INJECTIVE_VIEWS,
@@ -50,6 +50,8 @@ _PRODUCTS = {
     aten.conv1d.default: 1, aten.conv2d.default: 1, aten.conv1d.padding: 1, aten.conv2d.padding: 1,
 }  # fmt: skip
 """Products, and which argument is the weight."""
+NOT_USED = "not used: its gradient is zero"
+"""The reason in the report of a parameter that the loss does not depend on."""
 _LARGEST = 3.0e38  # below float32's largest: what is above it, or NaN, does not count
 
 
@@ -127,8 +129,8 @@ class _Builder:
     def __init__(self, spec: TrainingSpec, unit: Unit, batch: int, proximal: bool) -> None:
         self.spec, self.unit, self.batch, self.proximal = spec, unit, batch, proximal
         self.loss: Loss = resolve_loss(spec.loss)
+        _check_spec(spec)
         self.vocabulary = spec.vocabulary or _smallest_table(spec.model)
-        _check_examples(spec.inputs, spec.label)
         self.inputs = [x.detach().unsqueeze(0).expand(batch, *x.shape).contiguous() for x in spec.inputs]
         self.label = spec.label.detach().unsqueeze(0).expand(batch, *spec.label.shape).contiguous()
         for tensor in self.inputs:
@@ -139,8 +141,12 @@ class _Builder:
         self.parameters = _parameters(spec)
         self.trainable = [p for p in self.parameters if p.role in ("shared", "local")]
         if not any(p.role == "shared" for p in self.trainable):
-            raise UnsupportedModelError("no parameter is shared: there is nothing to aggregate")
+            raise UnsupportedModelError(
+                "no parameter is shared, for all are frozen (by requires_grad, or by the spec's `frozen`) or local: "
+                "there is nothing to aggregate"
+            )
         check_inputs(spec.model, self.inputs)
+        check_repeats(spec.model, self.inputs)
         self.forward = forward = capture_forward(spec.model, self.inputs)
         self.placeholder_of, self.constants = forward.placeholder_of, forward.constants
         self.example_nodes = list(forward.examples)
@@ -177,7 +183,7 @@ class _Builder:
             pairs = [pair(x, self.vocabulary or 2, draw) for x in self.inputs]
             first = dict(zip(self.example_nodes, (one for one, _ in pairs), strict=True))
             second = dict(zip(self.example_nodes, (two for _, two in pairs), strict=True))
-            base = self.recorder.run({**values, **first})
+            base = self._first_run({**values, **first})
             classes = base.first_output.shape[-1] if base.first_output.dim() > self.label.dim() else 2
             labels = pair(self.label, classes, lambda y: torch.rand(y.shape, generator=generator))
             return Draws(first, second, *labels), base
@@ -203,6 +209,19 @@ class _Builder:
         self._check_alone(values, found.first, base)
         return layouts
 
+    def _first_run(self, values: Mapping[str, Tensor]) -> Recording:
+        try:
+            return self.recorder.run(values)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # an operator may raise anything for values that it does not take
+            integers = any(not x.is_floating_point() for x in self.inputs)
+            drawn = f"integers in [0, {self.vocabulary or 2})" if integers else "normal numbers"
+            remedy = "the spec's `vocabulary` says below what they lie" if integers else "a model has to take them"
+            raise UnsupportedModelError(
+                f"the model fails on random inputs, {drawn}: {first_line(error)}; {remedy}"
+            ) from error
+
     def _check_alone(self, values: Mapping[str, Tensor], inputs: Mapping[str, Tensor], base: Recording) -> None:
         """The graph for one example must say the same as the graph for a batch: the fallback differentiates it."""
         for i in (0, self.batch - 1):
@@ -218,6 +237,11 @@ class _Builder:
                 )
 
     def _losses(self, output: Tensor, label: Tensor) -> Tensor:
+        if output.shape[:1] != (self.batch,):
+            raise UnsupportedModelError(
+                f"the model's output is {tuple(output.shape)} for a batch of {self.batch}: the batch must be its first "
+                "axis, as it is the inputs' (a recurrent layer or attention: batch_first=True)"
+            )
         try:
             losses = self.loss.per_example(output, label)
         except UnsupportedModelError:
@@ -225,8 +249,8 @@ class _Builder:
         except Exception as error:  # the user's code may raise anything
             raise UnsupportedModelError(
                 f"the loss ({self.loss.name}) fails for an output of {tuple(output.shape)} {output.dtype} and labels "
-                f"of {tuple(label.shape)} {label.dtype}: {first_line(error)}. It is called with (output, y) of a batch "
-                "and must give one float for each example."
+                f"of {tuple(label.shape)} {label.dtype}: {first_line(error)}{place_of(error)}. It is called with "
+                "(output, y) of a batch and must give one float for each example."
             ) from error
         if not isinstance(losses, Tensor) or losses.shape != (self.batch,) or not losses.is_floating_point():
             given = f"{tuple(losses.shape)} {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
@@ -267,7 +291,7 @@ class _Builder:
         simplify(train)
 
         # The same rules as in training: what PyTorch fuses in evaluation mode has no form in either back end.
-        answer = capture_forward(_copy_in_eval(self.spec.model), self.inputs, self.forward)
+        answer = capture_forward(copy_of(self.spec.model).eval(), self.inputs, self.forward)
         recorder = Recorder(answer.graph, (), answer.examples)
 
         def forward(*flat: Tensor) -> Tensor:
@@ -429,7 +453,7 @@ class _Builder:
             if placeholder not in gathered and placeholder not in recording.fallback:
                 zero = torch.zeros((self.batch, *p.value.shape))
                 uses[p.name] = Dense(zero)
-                report.append(LayerReport(p.name, "fast", "not used: its gradient is zero"))
+                report.append(LayerReport(p.name, "fast", NOT_USED))
         return uses
 
     def _through_views(self, use: Dense, source: fx.Node, parameter: Tensor) -> Dense:
@@ -473,12 +497,37 @@ class _Builder:
         return Dense(g.detach())
 
 
-def _check_examples(inputs: Any, label: Any) -> None:
+def _check_spec(spec: TrainingSpec) -> None:
+    """What a type checker would have said, for those who use none."""
+    model: object = spec.model
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise UnsupportedModelError(f"model is {given}: give an instance of torch.nn.Module")
+    inputs: object = spec.inputs
     if isinstance(inputs, Tensor):
         raise UnsupportedModelError("inputs is one tensor: give a list, with one for each argument of forward")
-    for what, example in (*(("an input", x) for x in inputs), ("a label", label)):
+    for what, example in (*(("an input", x) for x in spec.inputs), ("a label", spec.label)):
         if not isinstance(example, Tensor):
             raise UnsupportedModelError(f"{what} that is {type(example).__name__}: give it as a tensor")
+    for field_name, patterns in (("local", spec.local), ("frozen", spec.frozen)):
+        names: object = patterns
+        if isinstance(names, str) or not all(isinstance(name, str) for name in patterns):
+            raise UnsupportedModelError(
+                f"{field_name} is {names!r}: give a list of names of parameters, or of layers, as strings"
+            )
+    below: object = spec.vocabulary
+    if below is not None and not (type(below) is int and below >= 1):
+        raise UnsupportedModelError(
+            f"vocabulary is {below!r}: integer inputs lie in [0, vocabulary), so a number from 1"
+        )
+    for name, value in (*spec.model.named_parameters(), *spec.model.named_buffers()):
+        if is_lazy(value):
+            raise UnsupportedModelError(
+                f"{name} has no shape yet, for its layer is a lazy one: run the model once on a batch, or give the "
+                "layer its size"
+            )
+        if value.device.type != "cpu":
+            raise UnsupportedModelError(f"{name} is on {value.device}: move the model to the CPU, model.cpu()")
 
 
 def _parameters(spec: TrainingSpec) -> list[Parameter]:
@@ -510,16 +559,15 @@ def _parameters(spec: TrainingSpec) -> list[Parameter]:
                 raise UnsupportedModelError(f"{name!r} is the same tensor as {first!r}: name both, or neither")
     for pattern in (*spec.local, *spec.frozen):
         if not any(matches(name, [pattern]) for name in known):
-            raise UnsupportedModelError(f"{pattern!r} is no parameter of the model; it has {', '.join(known)}")
+            raise UnsupportedModelError(
+                f"{pattern!r} is no parameter or layer of the model; give a whole name or a layer's, of "
+                f"{', '.join(known)}"
+            )
     return found
 
 
 def _has_nan(recording: Recording, name: str) -> bool:
     return name in recording.values and bool(recording.values[name].isnan().any())
-
-
-def _copy_in_eval(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).eval()
 
 
 def _smallest_table(model: nn.Module) -> int | None:

@@ -26,10 +26,16 @@ def _rest_mean(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1) if values.dim() > 1 else values
 
 
-def _same_shape(loss: str, wanted: torch.Size, y: Tensor, what: str) -> None:
+def _same_shape(loss: str, wanted: torch.Size, output: Tensor, y: Tensor, why: str) -> None:
     """Broadcasting would pair every output with every label of the batch."""
     if y.shape != wanted:
-        raise UnsupportedModelError(f"{loss}: labels of {tuple(y.shape)}, but {tuple(wanted)} ({what}) is needed")
+        raise UnsupportedModelError(
+            f"{loss}: labels of {tuple(y.shape)} for an output of {tuple(output.shape)}, both with the batch as the "
+            f"first axis: labels of {tuple(wanted)} are needed, {why}"
+        )
+
+
+_OF_THE_OUTPUT = "the output's shape: give the spec's label, and the device's, that shape, or reshape the output"
 
 
 def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
@@ -37,9 +43,18 @@ def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
 
     A label that is no class makes its example's loss NaN: the example is counted as invalid and contributes nothing.
     """
-    _same_shape("cross_entropy", output.shape[:-1], y, "the output's shape without its last axis, the classes")
+    _same_shape(
+        "cross_entropy", output.shape[:-1], output, y,
+        "one class number for each place of the output, whose last axis is the classes (PyTorch's own loss has them as "
+        "the second)",
+    )  # fmt: skip
     if y.is_floating_point():
         raise UnsupportedModelError(f"cross_entropy: labels of {y.dtype}; use class numbers, int64 or int32")
+    if output.shape[-1] == 1:
+        raise UnsupportedModelError(
+            "cross_entropy: the output has one class, so that every loss is 0: give it one score for each class, or "
+            "use binary_cross_entropy"
+        )
     classes = torch.arange(output.shape[-1], dtype=y.dtype)
     chosen = (y.unsqueeze(-1) == classes).to(output.dtype)
     known = chosen.sum(-1)  # 1, or 0 for a label that is no class
@@ -72,7 +87,7 @@ class _NegativeLogLikelihood(torch.autograd.Function):
 
 def binary_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
     """output: (B, ...) scores (before the sigmoid), y: the same shape in [0, 1]; the mean over the rest."""
-    _same_shape("binary_cross_entropy", output.shape, y, "the output's shape")
+    _same_shape("binary_cross_entropy", output.shape, output, y, _OF_THE_OUTPUT)
     values: Tensor = _BinaryCrossEntropy.apply(output, y.to(output.dtype))
     return _rest_mean(values)
 
@@ -102,7 +117,7 @@ class _BinaryCrossEntropy(torch.autograd.Function):
 
 def mse(output: Tensor, y: Tensor) -> Tensor:
     """The mean squared difference over all but the batch axis."""
-    _same_shape("mse", output.shape, y, "the output's shape")
+    _same_shape("mse", output.shape, output, y, _OF_THE_OUTPUT)
     difference = output - y.to(output.dtype)
     return _rest_mean(difference * difference)
 
@@ -132,7 +147,7 @@ def resolve_loss(loss: str | Callable[[Tensor, Tensor], Tensor]) -> Loss:
     What goes by a known name is that loss: labels are checked, and answers counted, by the name in the manifest.
     """
     if callable(loss):
-        name = getattr(loss, "__name__", "custom")
+        name = getattr(loss, "__name__", type(loss).__name__)
         known = LOSSES.get(name.lower())
         if known is not None and known.per_example is loss:
             return known

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,9 +86,10 @@ def any_rows_onnx(bundle: Bundle, parameters: Mapping[str, F32], spec: TrainingS
     """
     import onnxruntime
 
+    from export.forward import copy_of
     from export.to_onnx import rows_to_onnx
 
-    model = copy.deepcopy(spec.model).eval()
+    model = copy_of(spec.model).eval()
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if any(shapes.get(name) != value.shape for name, value in parameters.items()):
         raise ParameterError("the bundle was not built from this source: its parameters are others")

@@ -17,8 +17,7 @@ from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules import common
 from torch import Tensor, fx, nn
 
-from export.errors import NoOnnxFormError, UnsupportedModelError
-from export.forward import first_line
+from export.errors import NoOnnxFormError, UnsupportedModelError, first_line
 from export.graph import CapturedStep
 from export.losses import LOSSES
 from export.origin import Lacking, lacking_layers, lacking_loss

@@ -1,7 +1,6 @@
 """What the README tells its three readers to type does what it says."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -29,8 +28,12 @@ def commands_of(title):
     return [w for w in words if w[0] in MODULES]
 
 
+def codes_of(title):
+    return re.findall(r"```python\n(.*?)```", section(title), re.DOTALL)
+
+
 def code_of(title):
-    (found,) = re.findall(r"```python\n(.*?)```", section(title), re.DOTALL)
+    (found,) = codes_of(title)
     return found
 
 
@@ -109,12 +112,23 @@ def test_the_commands_for_ml_engineers_work_in_a_fresh_folder(folder, exported):
     assert "grad.1.weight" in exported["check"]
 
 
+def test_the_model_of_ones_own_can_be_captured():
+    from export.graph import capture
+
+    names = {}
+    code, _ = codes_of("ML engineers")
+    exec(code, names)  # noqa: S102
+    step = capture(names["build"](), "example", 4)
+    assert {line.path for line in step.report} == {"fast"}
+
+
 def test_the_lines_for_ml_engineers_train(folder, exported, monkeypatch):
     monkeypatch.chdir(folder)
     images, labels = digits(100)
     publisher_key = bytes.fromhex(exported["key"].strip())
-    names = {"os": os, "publisher_key": publisher_key, "images": images, "labels": labels}
-    exec(code_of("ML engineers"), names)  # noqa: S102
+    names = {"publisher_key": publisher_key, "images": images, "labels": labels}
+    _, code = codes_of("ML engineers")
+    exec(code, names)  # noqa: S102
     assert names["update"].gradient.shape == (1_930,)
     assert 0 < np.linalg.norm(names["update"].gradient) <= 0.5 * 1.001 * len(names["drawn"])
 

@@ -115,10 +115,20 @@ class Recorder:
     @property
     def output_like(self) -> Tensor:
         """A tensor of the output's shape and type, without values."""
+        value: Tensor = self._output_node.meta["val"]
+        return value
+
+    @property
+    def output_operator(self) -> Any:
+        """What the output is the result of: an operator, or the name of an input."""
+        return self._output_node.target
+
+    @property
+    def _output_node(self) -> fx.Node:
         (output,) = (node for node in self.graph.nodes if node.op == "output")
         first: Any = output.args[0][0]
-        value: Tensor = first.meta["val"]
-        return value
+        node: fx.Node = first
+        return node
 
     def run(self, values: Mapping[str, Tensor]) -> Recording:
         """values: placeholder name -> tensor."""

@@ -586,6 +586,18 @@ def test_members_that_were_away_are_brought_up_to_date(tmp_path):
     finish(fleet)
 
 
+def test_the_seconds_of_a_model_are_those_since_its_ticket(tmp_path):
+    """Also of a fast round, whose ticket says when it closes in whole seconds."""
+    fleet = make(tmp_path, rounds=2)
+    fleet.clock.now_s += 0.1
+    finish(fleet, rounds=2)
+    store = Store(fleet.directory)
+    with store.reading() as t:
+        took = [row.ended_s - row.opened_s for row in t.rounds("tiny")]
+    store.close()
+    assert [e.seconds for e in fleet.events if isinstance(e, events.ModelPublished)] == took
+
+
 def test_a_fleet_that_is_its_own_committee_goes_on_without_a_device_that_stays_away(tmp_path):
     fleet = make(tmp_path, devices=6, committee="everyone", n_max=6, expected=4, rounds=6)
     away = fleet.devices[5]

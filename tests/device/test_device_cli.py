@@ -387,9 +387,25 @@ def test_examples_come_from_a_function_beside_device_toml(tmp_path):
 
 
 def test_arrays_with_pickles_in_them_are_refused(tmp_path):
-    np.savez(tmp_path / "data.npz", x=np.array([{}], dtype=object))
-    with pytest.raises(ParameterError, match="pickle"):
+    np.savez(tmp_path / "data.npz", x=np.zeros(1), y=np.array([{}], dtype=object))
+    with pytest.raises(ParameterError, match=r"data\.npz: 'y' is no array of numbers: .*pickle"):
         examples_source(tmp_path, "data.npz")()
+
+
+@pytest.mark.parametrize("kind", ["a text", "nothing", "one array", "half"])
+def test_what_is_no_npz_file_is_said_without_advice_to_load_pickles(tmp_path, kind):
+    path = tmp_path / "data.npz"
+    with path.open("wb") as file:
+        if kind == "one array":
+            np.save(file, np.zeros(3))
+        elif kind == "half":
+            np.savez(file, x=np.zeros(1000), y=np.zeros(1000))
+            file.truncate(8000)
+        else:
+            file.write(b"hello" if kind == "a text" else b"")
+    with pytest.raises(ParameterError) as caught:
+        examples_source(tmp_path, "data.npz")()
+    assert str(caught.value) == f"{path} is no .npz file, or not a whole one: numpy.savez makes one"
 
 
 def test_sigterm_ends_a_service_in_good_order(lived):

@@ -37,9 +37,9 @@ def built_perceptron() -> Built:
     return build(perceptron(), PUBLISHER, unit="example", batch=BATCH)
 
 
-def bundle_with(change: Callable[[onnx.ModelProto], None] | None = None) -> Bundle:
-    """Of the perceptron, signed, with a training graph that was changed."""
-    built = built_perceptron()
+def bundle_with(change: Callable[[onnx.ModelProto], None] | None = None, built: Built | None = None) -> Bundle:
+    """Of the perceptron, or of `built`, signed, with a training graph that was changed."""
+    built = built or built_perceptron()
     bundle = Bundle.read(built.bundle, PUBLISHER.public_key)
     if change is None:
         return bundle
@@ -95,6 +95,42 @@ def test_a_source_with_another_layer_is_found_by_its_values() -> None:
     bundle = bundle_with()
     spec.model[1] = nn.Tanh()
     assert worst(bundle, spec) > 1e-2
+
+
+def untrained_perceptron() -> TrainingSpec:
+    """All classes are as likely: every loss is log 3, above 1, and every gradient's norm above 0.8."""
+    spec = perceptron()
+    for parameter in spec.model[2].parameters():
+        nn.init.zeros_(parameter)
+    return spec
+
+
+def always_clipped(model: onnx.ModelProto) -> None:
+    """Every gradient is made as long as the clip, also a shorter one."""
+    (longer,) = (node for node in model.graph.node if node.op_type == "Max" and "clip" in node.input)
+    (norms,) = (name for name in longer.input if name != "clip")
+    longer.input[:] = [norms, norms]
+
+
+def always_bound(model: onnx.ModelProto) -> None:
+    """Every loss is the bound, also a smaller one."""
+    (lesser,) = (node for node in model.graph.node if node.op_type == "Min" and "loss_bound" in node.input)
+    (losses,) = (name for name in lesser.input if name != "loss_bound")
+    lesser.op_type = "Max"
+    lesser.input[:] = ["loss_bound", "no_losses"]
+    zeros = helper.make_node("Mul", [losses, "nought"], ["no_losses"])
+    model.graph.initializer.append(numpy_helper.from_array(np.array(0.0, np.float32), "nought"))
+    model.graph.node.insert(list(model.graph.node).index(lesser), zeros)
+
+
+@pytest.mark.parametrize(("change", "wrong"), [(always_clipped, "grad.2.bias"), (always_bound, "loss")])
+def test_what_happens_within_the_bounds_is_compared_too(change: Callable[[onnx.ModelProto], None], wrong: str) -> None:
+    spec = untrained_perceptron()
+    built = build(spec, PUBLISHER, unit="example", batch=BATCH)
+    honest = Bundle.read(built.bundle, PUBLISHER.public_key)
+    assert worst(honest, spec) < 1e-6
+    found = check(bundle_with(change, built), spec)
+    assert wrong in [d.tensor for d in found.differences if not d.relative <= TOLERANCE]
 
 
 def on_a_kink(bundle: Bundle) -> list[np.ndarray]:

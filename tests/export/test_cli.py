@@ -64,6 +64,59 @@ def of_size(width):
     return TrainingSpec(nn.Linear(width, 3), "cross_entropy", [torch.zeros(width)], torch.zeros((), dtype=torch.long))
 
 
+def talking():
+    print("a model")
+    return replace(build(), model=Talking(6, 3))
+
+
+class Talking(nn.Linear):
+    def forward(self, x):
+        print("a batch")
+        return super().forward(x)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 3), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.first(x), self.second(x)
+
+
+def idle():
+    return replace(other(), model=TwoHeads())
+
+
+def idle_and_frozen():
+    return replace(idle(), frozen=["second"])
+
+
+def softened():
+    return replace(other(), model=nn.Sequential(nn.Linear(6, 3), nn.Softmax(-1)))
+
+
+def squashed():
+    model = nn.Sequential(nn.Linear(6, 3), nn.Sigmoid())
+    return TrainingSpec(model, "binary_cross_entropy", [torch.zeros(6)], torch.zeros(3))
+
+
+def squashed_for_mse():
+    return replace(squashed(), loss="mse")
+
+
+def raising():
+    return torch.load("weights.pt")
+
+
+def importing():
+    import no_such_library
+
+
+def without_label():
+    return TrainingSpec(nn.Linear(6, 3), "mse", [torch.zeros(6)])
+
+
 number = 3
 """
 
@@ -88,6 +141,11 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     (folder / "tiny.py").write_text(SOURCE)
     np.save(folder / "ones.npy", np.ones(6 * 5 + 5 + 5 * 3 + 3, dtype=np.float32))
+    (folder / "unfinished.py").write_text("def build(:\n")
+    for name in ("needy.py", "wanting.py"):
+        (folder / name).write_text("import torch\nimport no_such_library\n")
+    (folder / "named").mkdir()
+    (folder / "named" / "export.py").write_text(SOURCE)
     for suffix in ("npy", "safetensors", "f32", "zip"):
         (folder / f"broken.{suffix}").write_bytes(b"PK\3\4x")
     assert edge_export(folder, "key", "--out", "publisher.key").returncode == 0
@@ -115,6 +173,37 @@ def test_build_says_what_it_made(built):
     assert said["gradients"]["0.weight"] == {"path": "fast", "reason": "outer, 1 use"}
     assert set(said["step_ms"]) == set(said["predict_ms"]) == {"onnxruntime"}
     assert min(*said["step_ms"].values(), *said["predict_ms"].values()) > 0
+
+
+def test_build_says_what_one_example_is(built):
+    folder, said = built
+    assert said["inputs"] == [{"name": "x", "shape": [6], "dtype": "float32", "below": None}]
+    assert said["label"] == {"name": "y", "shape": [], "dtype": "int64", "below": 3}
+    assert said["output"] == {"name": "output", "shape": [3], "dtype": "float32", "below": None}
+    done = edge_export(folder, *BUILD, "--out", "told.bundle")
+    rows = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in done.stderr.splitlines()]
+    assert ["x", "6", "float32"] in [row[:3] for row in rows]
+    assert ["y", "scalar", "int64", "0 to 2"] in rows
+
+
+@pytest.mark.parametrize(
+    ("function", "warned"),
+    [
+        ("idle", "second.weight, second.bias: the loss does not depend on this, and yet every round sends it"),
+        ("idle_and_frozen", None),
+        ("softened", "The model ends in a softmax, and cross_entropy has one inside: it takes scores."),
+        ("squashed", "The model ends in a sigmoid, and binary_cross_entropy has one inside: it takes scores."),
+        ("squashed_for_mse", None),
+    ],
+)
+def test_build_warns_of_what_trains_but_not_as_it_was_meant(built, function, warned):
+    folder, _ = built
+    done = edge_export(
+        folder, "build", f"tiny.py:{function}", "--key", "publisher.key", "--out", "doubtful.bundle", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    warnings = json.loads(done.stdout)["warnings"]
+    assert [warning.startswith(warned or "nothing") for warning in warnings] == [True] * bool(warned)
 
 
 def test_build_gives_the_size_of_every_entry_and_of_the_file(built):
@@ -183,6 +272,7 @@ def test_check_compares_the_run_times_and_fails_past_the_tolerance(built):
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["tensor"] for row in rows} >= {"grad.0.weight", "grad.2.bias", "loss", "count"}
     assert all(row["reference"] == "torch" and row["ok"] for row in rows)
+    assert done.stderr == f"edge-export: all {len(rows)} differences are within 1e-05\n"
     alone = edge_export(folder, "check", "tiny.bundle")
     assert alone.returncode == 0, alone.stderr
     strict = edge_export(folder, "check", "tiny.bundle", "tiny.py:build", "--tolerance", "-1")
@@ -217,8 +307,9 @@ def test_a_trained_model_comes_back_as_onnx_and_as_a_state_dict(built):
     vector = np.linspace(-1, 1, said["dimension"], dtype=np.float32)
     np.save(folder / "trained.npy", vector)
     for out in ("trained.onnx", "trained.pt", "trained.safetensors"):
-        done = edge_export(folder, "model", "tiny.bundle", "trained.npy", "--out", out)
+        done = edge_export(folder, "model", "tiny.bundle", "trained.npy", "--out", out, "--json")
         assert done.returncode == 0, done.stderr
+        assert ("rows" in json.loads(done.stdout)) == (out == "trained.onnx")
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
     model.load_state_dict(torch.load(folder / "trained.pt"))
     x = np.linspace(-2, 2, 32 * 6, dtype=np.float32).reshape(32, 6)
@@ -241,19 +332,46 @@ def test_with_its_source_the_inference_model_takes_any_number_of_rows(built):
     np.save(folder / "trained.npy", np.linspace(-1, 1, said["dimension"], dtype=np.float32))
     x = np.linspace(-2, 2, 32 * 6, dtype=np.float32).reshape(32, 6)
 
-    def unpacked(*source):
-        done = edge_export(folder, "model", "tiny.bundle", "trained.npy", *source, "--out", "rows.onnx")
+    def unpacked(rows, *source):
+        done = edge_export(folder, "model", "tiny.bundle", "trained.npy", *source, "--out", "rows.onnx", "--json")
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
+        size = (folder / "rows.onnx").stat().st_size
+        assert json.loads(done.stdout) == {"out": "rows.onnx", "bytes": size, "rows": rows}
         return onnxruntime.InferenceSession(folder / "rows.onnx", providers=["CPUExecutionProvider"])
 
-    fixed, free = unpacked(), unpacked("tiny.py:build")
+    fixed, free = unpacked(32), unpacked(None, "tiny.py:build")
     assert fixed.get_inputs()[0].shape == [32, 6]
     assert free.get_inputs()[0].shape == ["rows", 6]
     (expected,) = fixed.run(["output"], {"x": x})
     for rows in (1, 3):
         (output,) = free.run(["output"], {"x": x[:rows]})
         np.testing.assert_allclose(output, expected[:rows], rtol=1e-5, atol=1e-6)
+
+
+def test_a_source_may_have_any_name_also_that_of_a_package_here(built):
+    folder, said = built
+    ours = sys.modules["export"]
+    done = edge_export(folder, *("build", "named/export.py:build", *BUILD[2:], "--out", "named.bundle", "--json"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["hash"] == said["hash"]
+    assert sys.modules["export"] is ours
+
+
+def test_what_the_users_code_prints_is_not_in_the_result(built):
+    folder, _ = built
+    done = edge_export(folder, "build", "tiny.py:talking", "--key", "publisher.key", "--out", "loud.bundle", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["bundle"] == "loud.bundle"
+    assert "a model" in done.stderr
+    assert "a batch" in done.stderr
+    done = edge_export(folder, "check", "loud.bundle", "tiny.py:talking", "--json")
+    assert done.returncode == 0, done.stderr
+    assert all(json.loads(line)["ok"] for line in done.stdout.splitlines())
+    np.save(folder / "loud.npy", np.ones(21, dtype=np.float32))
+    done = edge_export(folder, "model", "loud.bundle", "loud.npy", "tiny.py:talking", "--out", "loud.onnx", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["out"] == "loud.onnx"
 
 
 def test_a_model_that_fixes_its_rows_is_unpacked_with_the_bundles_batch_and_that_is_said(built):
@@ -263,8 +381,10 @@ def test_a_model_that_fixes_its_rows_is_unpacked_with_the_bundles_batch_and_that
     done = edge_export(folder, "build", "tiny.py:fixed", "--key", "publisher.key", "--out", "fixed.bundle")
     assert done.returncode == 0, done.stderr
     np.save(folder / "fixed.npy", np.ones(21, dtype=np.float32))
-    done = edge_export(folder, "model", "fixed.bundle", "fixed.npy", "tiny.py:fixed", "--out", "fixed.onnx")
+    command = ("model", "fixed.bundle", "fixed.npy", "tiny.py:fixed", "--out", "fixed.onnx", "--json")
+    done = edge_export(folder, *command)
     assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"] == 32
     assert done.stderr.startswith("edge-export: fixed.onnx takes 32 rows: the model fixes the number of rows: ")
     session = onnxruntime.InferenceSession(folder / "fixed.onnx", providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == [32, 6]
@@ -284,6 +404,25 @@ def test_a_model_that_fixes_its_rows_is_unpacked_with_the_bundles_batch_and_that
         (("build", "tiny.py:build", "--key", "publisher.key", "--out", "x", "--proximal"), "unit 'device' only"),
         (("build", "tiny.py:build", "--key", "publisher.key", "--out", "x", "--backends", "tpu"), "no back end 'tpu'"),
         (("build", "tiny.py:of_size", "--key", "publisher.key", "--out", "x"), "is called without arguments"),
+        (
+            ("build", "tiny.py:raising", "--key", "publisher.key", "--out", "x"),
+            "tiny.py:raising raised FileNotFoundError: [Errno 2] No such file or directory: 'weights.pt' (tiny.py, lin",
+        ),
+        (
+            ("build", "tiny.py:without_label", "--key", "publisher.key", "--out", "x"),
+            "missing 1 required positional argument: 'label' (tiny.py, line ",
+        ),
+        (
+            ("build", "tiny.py:importing", "--key", "publisher.key", "--out", "x"),
+            "raised ModuleNotFoundError: No module named 'no_such_library' (tiny.py, line ",
+        ),
+        (("build", "needy.py:build", "--key", "publisher.key", "--out", "x"), "'no_such_library' (needy.py, line 2)"),
+        (("build", "wanting:build", "--key", "publisher.key", "--out", "x"), "no_such_library' (wanting.py, line 2)"),
+        (
+            ("build", "unfinished.py:build", "--key", "publisher.key", "--out", "x"),
+            "unfinished.py raised SyntaxError: invalid syntax (unfinished.py, line 1)",
+        ),
+        (("check", "tiny.bundle", "tiny.py:raising"), "tiny.py:raising raised FileNotFoundError"),
         (("check", "tiny.py"), "tiny.py is not a bundle"),
         (("check", "tiny.bundle", "--publisher", "00" * 32), "edge-export: "),
         (("model", "tiny.bundle", "ones.npy", "tiny.py:other", "--out", "x.onnx"), "its parameters are others"),

@@ -55,6 +55,8 @@ def opacus_gradients(spec: TrainingSpec, batch: Batch, batch_first: bool = True)
     """
     assert isinstance(spec.loss, str)
     model = ModuleValidator.fix(copy.deepcopy(spec.model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and not name.startswith(tuple(spec.frozen)))
     for parent in model.modules():
         for name, child in parent.named_children():
             if type(child) is nn.RNN:  # which `fix` forgets

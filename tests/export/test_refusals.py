@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable
 from typing import Any
@@ -59,6 +60,7 @@ def test_instance_norm_with_running_statistics() -> None:
 def test_layers_that_need_randomness(layer: nn.Module) -> None:
     message = refusal(nn.Sequential(nn.Linear(5, 4), layer, nn.Linear(4, 3)))
     assert f"1 ({type(layer).__name__})" in message
+    assert ("Its p is 0.2: set it to 0" in message) == (not isinstance(layer, nn.RReLU))
     assert ".eval()" in message
     layer.eval()
     capture(
@@ -85,7 +87,8 @@ def test_dropout_in_attention_and_between_recurrent_layers() -> None:
 
 
 def test_random_numbers_in_forward() -> None:
-    assert "randomness" in refusal(Model(lambda x: x + torch.randn_like(x)))
+    message = refusal(Model(lambda x: x + torch.randn_like(x)))
+    assert "aten.randn_like.default would need randomness inside the graph. Random numbers have to be an in" in message
 
 
 def test_control_flow_on_the_data_names_the_layer() -> None:
@@ -256,6 +259,7 @@ def test_labels_that_broadcasting_would_pair_with_every_output(loss: str, width:
     message = refusal(nn.Linear(5, width), loss=loss, y=y)
     assert wrong in message
     assert loss in message
+    assert "the batch as the first axis: labels of " in message or "class numbers, int64" in message
 
 
 def test_unknown_losses() -> None:
@@ -573,6 +577,138 @@ def test_a_loss_that_onnx_lacks_is_named_with_a_remedy(loss: Callable[[Tensor, T
     assert message.startswith(f"the loss ({loss.__name__}): {needs}, which has no ONNX form. ")
     assert "cross_entropy, binary_cross_entropy, mse" in message
     assert message.count("ONNX") == 1
+
+
+class Counting(nn.Module):
+    """Adds the number of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x + self.calls
+
+
+class Remembering(nn.Module):
+    """Its state is the last batch's last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.state = nn.GRUCell(5, 5), torch.zeros(1, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        after = self.cell(x, self.state.expand(x.shape[0], -1))
+        self.state = after[-1:].detach()
+        return after
+
+
+class Shaken(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * random.random()
+
+
+@pytest.mark.parametrize(
+    ("layer", "named"),
+    [(Counting(), "1 (Counting)"), (Remembering(), "1.cell (GRUCell)"), (Shaken(), "1 (Shaken)")],
+    ids=["a counter", "a state", "Python's random numbers"],
+)
+def test_what_is_kept_in_an_attribute_or_drawn_elsewhere_would_be_a_constant(layer: nn.Module, named: str) -> None:
+    message = refusal(nn.Sequential(nn.Linear(5, 5), layer, nn.Linear(5, 3)))
+    assert message.startswith(f"{named}: its output is another when it is run again on the same inputs. ")
+    assert "inputs of the model, or remove them" in message
+
+
+class Showing(nn.Module):
+    """Keeps what it computed last, for whoever wants to look, and reads it nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shown = self.last(x)
+        return self.shown
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_a_model_may_keep_what_it_computed(ran_before: bool) -> None:
+    torch.manual_seed(0)
+    model = Showing()
+    if ran_before:
+        model(VECTOR[None])
+    step = capture(TrainingSpec(model, "cross_entropy", [VECTOR], CLASS), "example", 4)
+    x = torch.randn(4, 5)
+    values = [p.value for p in step.parameters]
+    torch.testing.assert_close(step.predict(*values, x), model.last(x))
+
+
+def test_the_line_of_the_users_code_is_named_and_nothing_else_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    class Foreign(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.from_numpy(x.numpy() * 2)
+
+    class Failing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("not today")
+
+    for layer in (Branch(), Foreign(), Failing()):
+        assert re.search(r" \(test_refusals\.py, line \d+\)\. ", refusal(Model(layer)))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_spec_of_other_types() -> None:
+    message = refusal(nn.Linear)  # type: ignore[arg-type]
+    assert message == "model is the class Linear: give an instance of torch.nn.Module"
+    message = refusal(nn.Linear(5, 3), frozen="weight")
+    assert message == "frozen is 'weight': give a list of names of parameters, or of layers, as strings"
+    message = refusal(nn.Sequential(nn.Linear(5, 3)), local=[0])
+    assert message == "local is [0]: give a list of names of parameters, or of layers, as strings"
+
+
+@pytest.mark.parametrize("vocabulary", [0, -1, "9", True])
+def test_a_vocabulary_that_is_no_number_from_one(vocabulary: Any) -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(16, 3))
+    assert refusal(model, TOKENS, vocabulary=vocabulary).startswith(f"vocabulary is {vocabulary!r}: integer inputs lie")
+
+
+def test_a_vocabulary_beyond_the_embedding() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(16, 3))
+    assert refusal(model, TOKENS, vocabulary=1000) == (
+        "the model fails on random inputs, integers in [0, 1000): index out of range in self; the spec's `vocabulary` "
+        "says below what they lie"
+    )
+
+
+def test_one_class_for_cross_entropy() -> None:
+    message = refusal(nn.Linear(5, 1))
+    assert message.startswith("cross_entropy: the output has one class, so that every loss is 0: ")
+    assert message.endswith("or use binary_cross_entropy")
+
+
+def test_a_model_without_values() -> None:
+    message = refusal(nn.Sequential(nn.LazyLinear(3)))
+    assert message.startswith("0.weight has no shape yet, for its layer is a lazy one: run the model once on a batch")
+    assert refusal(nn.Linear(5, 3, device="meta")) == "weight is on meta: move the model to the CPU, model.cpu()"
+
+
+def test_an_output_whose_first_axis_is_not_the_batch() -> None:
+    class TimeFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.last = nn.GRU(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.gru(x)[0][-1])
+
+    message = refusal(TimeFirst(), torch.zeros(7, 6))
+    assert message.startswith("the model's output is (7, 3) for a batch of 4: the batch must be its first axis")
+    assert "batch_first=True" in message
 
 
 def test_an_empty_batch_size() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -117,7 +119,21 @@ def test_a_model_is_the_same_at_every_build_and_as_large_as_its_page_says(name: 
     first, second = spec_of(name).model.state_dict(), spec_of(name).model.state_dict()
     assert list(first) == list(second)
     assert all(torch.equal(first[key], second[key]) for key in first)
-    trained = sum(p.numel() for p in spec_of(name).model.parameters() if p.requires_grad)
+    spec = spec_of(name)
+    frozen = tuple(spec.frozen)
+    trained = sum(p.numel() for n, p in spec.model.named_parameters() if p.requires_grad and not n.startswith(frozen))
     assert trained == ZOO[name][1]
     page = (MODELS / ZOO[name][0].split(":")[0]).read_text()
     assert f"{trained:,} parameters" in page.replace("\n", " ")
+
+
+def test_the_zoo_is_every_model_that_the_readme_counts() -> None:
+    """Each file's functions whose name begins with `build`; none is left out of the tests here."""
+    found = {
+        f"{path.name}:{function}"
+        for path in MODELS.glob("*.py")
+        for function in re.findall(r"^def (build\w*)\(", path.read_text(), re.MULTILINE)
+    }
+    assert found == {source for source, _ in ZOO.values()}
+    numbers = dict(enumerate(["Eight", "Nine", "Ten", "Eleven", "Twelve"], start=8))
+    assert f"{numbers[len(ZOO)]} models to start from" in (MODELS.parents[1] / "README.md").read_text()

@@ -14,6 +14,7 @@ from export.graph import CapturedStep, TrainingSpec, capture
 
 MODELS = Path(__file__).parents[2] / "examples" / "models"
 ZOO = {
+    "digits": ("digits.py:build", 1_930),
     "logistic": ("logistic.py:build", 7_850),
     "mlp": ("mlp.py:build", 101_770),
     "lenet": ("lenet.py:build", 61_706),
