@@ -11,9 +11,9 @@ import ssl
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, SupportsIndex
 
 import amqtt.broker
 from amqtt.adapters import ReaderAdapter, StreamReaderAdapter, StreamWriterAdapter, WriterAdapter
@@ -61,9 +61,6 @@ UNREAD_PACKETS = 64
 """Of one client, read and not yet passed on, or not answered since it does not take the answers: then its socket is not
 read, so that TCP holds it back. While the coordinator does not keep up, one that is not passed on is enough: a fleet's
 clients have as much as this times their number."""
-
-PIECE_BYTES = 32 << 10
-"""Of a packet, whose arrival is a sign of life."""
 
 READS_AT_ONCE = 32
 """From what a client sent, before others have their turn: amqtt makes a task of each packet, and what was read does not
@@ -116,6 +113,16 @@ class TopicRules(BaseAuthPlugin, BaseTopicPlugin):  # type: ignore[misc]  # amqt
         return False
 
 
+class _Stream(asyncio.StreamReader):
+    """Knows when something came last: a packet may take a slow link longer than its client may be silent."""
+
+    heard_s = math.inf
+
+    def feed_data(self, data: Iterable[SupportsIndex]) -> None:
+        self.heard_s = time.monotonic()
+        super().feed_data(data)
+
+
 class _BoundedReader(StreamReaderAdapter):  # type: ignore[misc]
     """A packet announces its length, up to 256 MB, and is then read whole: more than a frame ends the connection. And
     amqtt reads on whatever becomes of what it read: here it waits."""
@@ -126,9 +133,16 @@ class _BoundedReader(StreamReaderAdapter):  # type: ignore[misc]
     """Whether as much waits for the coordinator as may, of all clients."""
     silence_s = math.inf
     """How long the client may say nothing, by its own CONNECT."""
-    heard_s = math.inf
-    """When it said something last; infinite while it is held back."""
+    _is_held = False
     _reads = 0
+
+    def __init__(self, stream: _Stream) -> None:
+        super().__init__(stream)
+        self._stream = stream
+
+    def is_silent(self, now_s: float) -> bool:
+        """Whether the client says nothing for too long, and is not held back."""
+        return not self._is_held and now_s - self._stream.heard_s > self.silence_s
 
     async def read(self, n: int = -1) -> bytes:
         if n > MAX_PACKET_BYTES:
@@ -138,18 +152,13 @@ class _BoundedReader(StreamReaderAdapter):  # type: ignore[misc]
             await asyncio.sleep(0)
         wait_s = LOOK_S
         while self._is_full():
-            self.heard_s = math.inf
+            self._is_held = True
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, LONGEST_LOOK_S)
-        if self.heard_s == math.inf:
-            self.heard_s = time.monotonic()
-        data = b""
-        while True:  # a slow link may take longer for a packet than a client may be silent
-            piece: bytes = await super().read(min(n - len(data), PIECE_BYTES) if n > 0 else n)
-            self.heard_s = time.monotonic()
-            data = data + piece if data else piece
-            if len(data) >= n:
-                return data
+        if self._is_held:
+            self._is_held, self._stream.heard_s = False, time.monotonic()
+        data: bytes = await super().read(n)
+        return data
 
     def _is_full(self) -> bool:
         if self.session is None or self.handler is None:
@@ -313,16 +322,14 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
         loop, connected = asyncio.get_running_loop(), partial(self.stream_connected, listener_name=listener_name)
 
         def connection() -> _Records:
-            stream = asyncio.StreamReaderProtocol(asyncio.StreamReader(), connected)
+            stream = asyncio.StreamReaderProtocol(_Stream(), connected)
             return _Records(
                 loop, stream, ssl_context, None, server_side=True, ssl_handshake_timeout=HANDSHAKE_S,
             )  # fmt: skip
 
         return await loop.create_server(connection, address, port, reuse_address=True)
 
-    async def stream_connected(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, listener_name: str
-    ) -> None:
+    async def stream_connected(self, reader: _Stream, writer: asyncio.StreamWriter, listener_name: str) -> None:
         try:
             await self._client_connected(listener_name, _BoundedReader(reader), _Writer(writer))
         except (OSError, EOFError, TimeoutError) as error:  # of the connection: amqtt would print a traceback
@@ -443,8 +450,8 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
                 continue  # this process stood still: what they said waits to be read
             for name, (_, handler) in tuple(self._sessions.items()):
                 reader = handler.reader
-                if isinstance(reader, _BoundedReader) and since_s - reader.heard_s > reader.silence_s:
-                    log.info("%s is cut off: it said nothing for %.0f s", name[:16], since_s - reader.heard_s)
+                if isinstance(reader, _BoundedReader) and reader.is_silent(since_s):
+                    log.info("%s is cut off: it said nothing for %.0f s", name[:16], reader.silence_s)
                     self._begin(self.cut(name))
 
     def _has_room(self, session: Session) -> bool:
