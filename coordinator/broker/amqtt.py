@@ -6,19 +6,23 @@ import asyncio
 import asyncio.sslproto
 import contextlib
 import logging
+import math
 import ssl
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, SupportsIndex
 
 import amqtt.broker
 from amqtt.adapters import ReaderAdapter, StreamReaderAdapter, StreamWriterAdapter, WriterAdapter
 from amqtt.contexts import Action, ListenerConfig
-from amqtt.errors import MQTTError
+from amqtt.errors import AMQTTError, MQTTError, ProtocolHandlerError
+from amqtt.mqtt.connect import ConnectPacket
+from amqtt.mqtt.disconnect import DisconnectPacket
 from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
+from amqtt.mqtt.publish import PublishPacket
 from amqtt.plugins.base import BaseAuthPlugin, BaseTopicPlugin
 from amqtt.session import Session
 from cryptography import x509
@@ -54,8 +58,13 @@ STUCK_S = 30.0
 """A device that takes nothing for so long, while as much as it may have waits for it, is cut off."""
 
 UNREAD_PACKETS = 64
-"""Of one client, read and not yet passed on: then its socket is not read, so that TCP holds it back. While the
-coordinator does not keep up, one is enough: a fleet's clients have as much as this times their number."""
+"""Of one client, read and not yet passed on, or not answered since it does not take the answers: then its socket is not
+read, so that TCP holds it back. While the coordinator does not keep up, one that is not passed on is enough: a fleet's
+clients have as much as this times their number."""
+
+READS_AT_ONCE = 32
+"""From what a client sent, before others have their turn: amqtt makes a task of each packet, and what was read does not
+count before that ran."""
 
 FRAMES_AT_ONCE = 64
 """For devices, between two looks at everything else."""
@@ -73,6 +82,15 @@ LOOK_S = 0.05
 
 LONGEST_LOOK_S = 1.0
 """Between two looks of one of many who look, after several in vain."""
+
+PATIENCE_FACTOR = 1.5
+"""How often as long as it promised a client may be silent: MQTT's own rule."""
+
+WATCH_S = 1.0
+"""Between two looks who has fallen silent."""
+
+REFUSED = 0x80
+"""What a SUBACK says of a subscription that is refused."""
 
 _refusals = Refusals(log)
 """amqtt makes its plugins itself: there is no other way to hand them one."""
@@ -95,26 +113,123 @@ class TopicRules(BaseAuthPlugin, BaseTopicPlugin):  # type: ignore[misc]  # amqt
         return False
 
 
+class _Stream(asyncio.StreamReader):
+    """Knows when something came last: a packet may take a slow link longer than its client may be silent."""
+
+    heard_s = math.inf
+
+    def feed_data(self, data: Iterable[SupportsIndex]) -> None:
+        self.heard_s = time.monotonic()
+        super().feed_data(data)
+
+
 class _BoundedReader(StreamReaderAdapter):  # type: ignore[misc]
     """A packet announces its length, up to 256 MB, and is then read whole: more than a frame ends the connection. And
     amqtt reads on whatever becomes of what it read: here it waits."""
 
     session: Session | None = None
+    handler: _Handler | None = None
     is_behind: Callable[[], bool] = staticmethod(lambda: False)
     """Whether as much waits for the coordinator as may, of all clients."""
+    silence_s = math.inf
+    """How long the client may say nothing, by its own CONNECT."""
+    _is_held = False
+    _reads = 0
+
+    def __init__(self, stream: _Stream) -> None:
+        super().__init__(stream)
+        self._stream = stream
+
+    def is_silent(self, now_s: float) -> bool:
+        """Whether the client says nothing for too long, and is not held back."""
+        return not self._is_held and now_s - self._stream.heard_s > self.silence_s
 
     async def read(self, n: int = -1) -> bytes:
         if n > MAX_PACKET_BYTES:
             raise ConnectionError(f"a packet of {n} bytes is over the limit of {MAX_PACKET_BYTES}")
+        self._reads += 1
+        if self._reads % READS_AT_ONCE == 0:
+            await asyncio.sleep(0)
         wait_s = LOOK_S
-        while self.session is not None and self._is_full(self.session.delivered_message_queue.qsize()):
+        while self._is_full():
+            self._is_held = True
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, LONGEST_LOOK_S)
+        if self._is_held:
+            self._is_held, self._stream.heard_s = False, time.monotonic()
         data: bytes = await super().read(n)
         return data
 
-    def _is_full(self, unpassed: int) -> bool:
-        return unpassed >= UNREAD_PACKETS or (unpassed > 0 and self.is_behind())
+    def _is_full(self) -> bool:
+        if self.session is None or self.handler is None:
+            return False
+        unpassed = self.session.delivered_message_queue.qsize()
+        return max(unpassed, self.handler.unanswered) >= UNREAD_PACKETS or (unpassed > 0 and self.is_behind())
+
+
+class _Writer(StreamWriterAdapter):  # type: ignore[misc]
+    def abort(self) -> None:
+        """End the connection at once. When it is closed, asyncio gives the client half a minute to take leave."""
+        self.is_closed = True
+        self._writer.transport.abort()
+
+
+class _Handler(BrokerProtocolHandler):  # type: ignore[misc]
+    """amqtt's end of one connection, where it keeps without bound what a client asks and does not take the answer of,
+    and where it forgets the end of a connection that ends while it begins."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._answering = 0
+        self._gone: asyncio.Future[DisconnectPacket | None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def unanswered(self) -> int:
+        """Packets of the client whose answer is not written."""
+        asked: int = self._pending_subscriptions.qsize() + self._pending_unsubscriptions.qsize()
+        return self._answering + asked
+
+    def abort(self) -> None:
+        if isinstance(self.writer, _Writer):
+            self.writer.abort()
+
+    async def wait_disconnect(self) -> DisconnectPacket | None:
+        return await self._gone
+
+    async def handle_disconnect(self, disconnect: DisconnectPacket | None) -> None:
+        """Also for a connection that just ended. The first time counts."""
+        if not self._gone.done():
+            self._gone.set_result(disconnect)
+
+    async def handle_connect(self, connect: ConnectPacket) -> None:
+        await self.handle_connection_closed()  # it may not say CONNECT twice
+
+    async def stop(self) -> None:
+        await self.handle_connection_closed()
+        if self._reader_ready is not None and not self._reader_ready.is_set():
+            # The reader's task is cancelled before its first step, and says neither that it began nor that it ended.
+            self._reader_ready.set()
+            self._reader_stopped.set()
+        await super().stop()
+
+    async def handle_publish(self, publish_packet: PublishPacket) -> None:
+        if publish_packet.qos > 1:  # amqtt would keep it until the client says that it may go
+            name = self.session.client_id
+            _refusals.say(name, f"{name[:16]} is cut off: it publishes with QoS {publish_packet.qos}")
+            self.abort()
+            return
+        await super().handle_publish(publish_packet)
+
+    async def _send_packet(self, packet: Any) -> None:
+        answers = not isinstance(packet, PublishPacket)  # those have a bound of their own: `_has_room`
+        self._answering += answers
+        try:
+            await super()._send_packet(packet)
+        except OSError as error:  # amqtt expects two of the ways in which a connection ends, and prints the others
+            log.debug("a connection ended: %s", error)
+            await self.handle_connection_closed()
+        finally:
+            self._answering -= answers
 
 
 _shaking: weakref.WeakKeyDictionary[_Handshake, float] = weakref.WeakKeyDictionary()
@@ -161,8 +276,9 @@ class _Records(asyncio.sslproto.SSLProtocol):
 async def _pass_on(handler: BrokerProtocolHandler, topic: str, data: bytes, qos: int) -> None:
     try:
         await handler.mqtt_publish(topic, data, qos, retain=False)
-    except TimeoutError:  # it went away, or is slow: no fault of anybody's, and amqtt would print a traceback
-        log.debug("a message to %s was not acknowledged", topic)
+    except (OSError, AMQTTError, ProtocolHandlerError) as error:
+        # It went away, or is slow: no fault of anybody's, and asyncio would print a traceback.
+        log.debug("a message to %s was not acknowledged: %s", topic, error)
 
 
 class _Subscriptions(dict[str, list[tuple[Session, int]]]):
@@ -182,7 +298,7 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
         super().__init__(config)
         self._subscriptions = _Subscriptions()
         self._link = link
-        self._passing: set[asyncio.Task[None]] = set()
+        self._begun: set[asyncio.Task[None]] = set()
         self.revoked = frozenset(revoked)
         self.silenced: frozenset[str] = frozenset()
         self._queue_bytes = queue_bytes
@@ -206,18 +322,16 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
         loop, connected = asyncio.get_running_loop(), partial(self.stream_connected, listener_name=listener_name)
 
         def connection() -> _Records:
-            stream = asyncio.StreamReaderProtocol(asyncio.StreamReader(), connected)
+            stream = asyncio.StreamReaderProtocol(_Stream(), connected)
             return _Records(
                 loop, stream, ssl_context, None, server_side=True, ssl_handshake_timeout=HANDSHAKE_S,
             )  # fmt: skip
 
         return await loop.create_server(connection, address, port, reuse_address=True)
 
-    async def stream_connected(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, listener_name: str
-    ) -> None:
+    async def stream_connected(self, reader: _Stream, writer: asyncio.StreamWriter, listener_name: str) -> None:
         try:
-            await self._client_connected(listener_name, _BoundedReader(reader), StreamWriterAdapter(writer))
+            await self._client_connected(listener_name, _BoundedReader(reader), _Writer(writer))
         except (OSError, EOFError, TimeoutError) as error:  # of the connection: amqtt would print a traceback
             log.info("a connection ended: %s", error)
         finally:
@@ -226,7 +340,7 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
     async def _initialize_client_session(
         self, reader: ReaderAdapter, writer: WriterAdapter, remote_address: str, remote_port: int
     ) -> tuple[BrokerProtocolHandler, Session]:
-        connecting = BrokerProtocolHandler.init_from_connect(reader, writer, self.plugins_manager)
+        connecting = _Handler.init_from_connect(reader, writer, self.plugins_manager)
         handler, session = await asyncio.wait_for(connecting, CONNECT_S)
         name = None if session.ssl_object is None else _peer_name(session.ssl_object)
         reason = self._refusal(name, session)
@@ -240,10 +354,42 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
         # Every session is a clean one: nothing is kept for who is not there.
         session.clean_session = True
         session.parent = 0
-        await self.cut(session.client_id)
         if isinstance(reader, _BoundedReader):
-            reader.session, reader.is_behind = session, self._is_behind
+            reader.session, reader.handler, reader.is_behind = session, handler, self._is_behind
+            if session.keep_alive:
+                reader.silence_s = PATIENCE_FACTOR * session.keep_alive
+        # amqtt would do nothing about who is silent, but stop in the middle of a packet's head, and read its rest as
+        # another packet.
+        session.keep_alive = 0
         return handler, session
+
+    async def _authenticate(self, session: Session, listener: ListenerConfig) -> bool:
+        """The last that is waited for before the session has its place: what was true at CONNECT may not be any more.
+        So of two connections of one device that come at once, one stays, and none that was revoked meanwhile."""
+        authenticated: bool = await super()._authenticate(session, listener)
+        while session.client_id in self._sessions:
+            await self.cut(session.client_id)
+        reason = self._refusal(session.client_id, session)
+        if reason is not None:
+            _refusals.say(session.client_id, f"{session.client_id[:16]} refused while it connected: {reason}")
+            raise MQTTError(reason)
+        return authenticated
+
+    async def add_subscription(self, subscription: tuple[str, int], session: Session) -> int:
+        topic, qos = subscription
+        if qos == 0:  # what is on its way then is counted nowhere
+            _refusals.say(session.client_id, f"{session.client_id[:16]} may not subscribe with QoS 0: refused")
+            return REFUSED
+        code: int = await super().add_subscription((topic, 1), session)
+        if not self._is_there(session):  # it was cut meanwhile: the place is that of the device's next session
+            subscribed = self._subscriptions.get(topic, [])
+            subscribed[:] = [(other, its_qos) for other, its_qos in subscribed if other is not session]
+            return REFUSED
+        return code
+
+    def _is_there(self, session: Session) -> bool:
+        there, _ = self._sessions.get(session.client_id, (None, None))
+        return there is session
 
     async def _handle_message_delivery(
         self, client_session: Session, handler: BrokerProtocolHandler, delivery: asyncio.Future[Any]
@@ -277,13 +423,36 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
         for device, frame in self._link.take(FRAMES_AT_ONCE):
             topic = DOWN + device
             for session, qos in tuple(self._subscriptions.get(topic, ())):
-                handler = self._get_handler(session)
-                if handler is None or session.transitions.state != "connected":
+                if not self._is_there(session) or session.transitions.state != "connected":
                     continue
                 if allowed(session.client_id, topic, "receive") and self._has_room(session):
-                    passing = asyncio.ensure_future(_pass_on(handler, topic, frame, qos))
-                    self._passing.add(passing)
-                    passing.add_done_callback(self._passing.discard)
+                    self._begin(_pass_on(self._get_handler(session), topic, frame, qos))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._begun.add(task)  # the loop does not keep it
+        task.add_done_callback(self._begun.discard)
+
+    def keep_out(self, revoked: frozenset[str], silenced: frozenset[str]) -> None:
+        """From now on, also where they are connected."""
+        self.revoked, self.silenced = revoked, silenced
+        for name in (revoked | silenced) & self._sessions.keys():
+            self._begin(self.cut(name))
+
+    async def watch(self) -> None:
+        """Cut off who says nothing for longer than it promised: nobody else finds that a device lost its power, and
+        its will is not published before."""
+        since_s = time.monotonic()
+        while True:
+            await asyncio.sleep(WATCH_S)
+            before_s, since_s = since_s, time.monotonic()
+            if since_s - before_s > 2 * WATCH_S:
+                continue  # this process stood still: what they said waits to be read
+            for name, (_, handler) in tuple(self._sessions.items()):
+                reader = handler.reader
+                if isinstance(reader, _BoundedReader) and reader.is_silent(since_s):
+                    log.info("%s is cut off: it said nothing for %.0f s", name[:16], reader.silence_s)
+                    self._begin(self.cut(name))
 
     def _has_room(self, session: Session) -> bool:
         if _waiting_bytes(session) < DEVICE_BYTES:
@@ -328,7 +497,15 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
         _, handler = self._sessions[name]
         await self._delete_session(name)
         await handler.handle_connection_closed()
+        if isinstance(handler, _Handler):
+            handler.abort()
         await self._stop_handler(handler)
+
+    async def shutdown(self) -> None:
+        for _, handler in tuple(self._sessions.values()):  # the loop ends before they would take leave
+            if isinstance(handler, _Handler):
+                handler.abort()
+        await super().shutdown()
 
     async def retain_message(self, *_: Any) -> None:
         """Nothing is retained."""
@@ -394,25 +571,24 @@ class Amqtt:
     def revoke(self, devices: Collection[str]) -> None:
         with self._lock:
             self._revoked = frozenset(devices)
-            if self._running is None:
-                return
-            loop, broker, _ = self._running
-            asyncio.run_coroutine_threadsafe(_shut_out(broker, self._revoked), loop)
+            self._tell()
 
     def silence(self, devices: Collection[str]) -> None:
         with self._lock:
             self._silenced = frozenset(devices)
-            if self._running is None:
-                return
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._running is not None:
             loop, broker, _ = self._running
-            asyncio.run_coroutine_threadsafe(_silence(broker, self._silenced), loop)
+            _call_soon(loop, partial(broker.keep_out, self._revoked, self._silenced))
 
     def close(self) -> None:
         self._closing.set()
         with self._lock:
             if self._running is not None:
                 loop, _, leave = self._running
-                loop.call_soon_threadsafe(leave.set)
+                _call_soon(loop, leave.set)
         self._thread.join(END_S)
 
     def _supervise(self) -> None:
@@ -463,24 +639,14 @@ class Amqtt:
                 leave.set()
         self._link.up(partial(_call_soon, loop, broker.pass_on))
         self._first.set()
+        watching = asyncio.ensure_future(broker.watch())
         try:
             await leave.wait()
         finally:
+            watching.cancel()
             await broker.shutdown()
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
     with contextlib.suppress(RuntimeError):  # the loop was closed: the broker has ended, and what it was to do is lost
         loop.call_soon_threadsafe(call)
-
-
-async def _silence(broker: _Broker, silenced: frozenset[str]) -> None:
-    broker.silenced = silenced
-    for name in silenced:
-        await broker.cut(name)
-
-
-async def _shut_out(broker: _Broker, revoked: frozenset[str]) -> None:
-    broker.revoked = revoked
-    for name in revoked:
-        await broker.cut(name)

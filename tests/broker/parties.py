@@ -1,5 +1,6 @@
 import os
 import socket
+import ssl
 import threading
 import time
 from pathlib import Path
@@ -11,9 +12,13 @@ from coordinator.broker import Listener, start_broker
 from coordinator.ca import CertificateAuthority, read_csr
 from edge_sdk import enrolment
 from edge_sdk.crypto.identity import Identity
+from edge_sdk.transport import Inbound
 from edge_sdk.transport.mqtt import Backoff, Credentials, MqttTransport
+from edge_sdk.transport.wire import MAX_FRAME_BYTES
 
 DEADLINE_S = 20.0
+MB = 1_000_000
+FRAME = bytes(MAX_FRAME_BYTES)
 QUICK = Backoff(first_s=0.05, longest_s=0.5, refused_s=0.2, longest_refused_s=0.5)
 
 
@@ -153,3 +158,81 @@ class Client:
         self._paho.disconnect()
         self._paho.loop_stop()
         self._paho._reset_sockets()  # paho leaves the pair that it wakes itself by to its finaliser
+
+
+class Raw:
+    """A device with its own socket, which reads only when it is told to."""
+
+    def __init__(self, world, party, *, qos=1, keepalive=0, will=None, wait=True, buffer=4096):
+        self.name = party.name
+        context = ssl.create_default_context(cafile=world.directory / "ca.pem")
+        context.load_cert_chain(party.certificate, party.key)
+        plain = socket.create_connection(("127.0.0.1", world.listener.port))
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        self.socket = context.wrap_socket(plain, server_hostname="127.0.0.1")
+        self.socket.settimeout(DEADLINE_S)
+        flags = 0x02 if will is None else 0x0E
+        connect = text("MQTT") + bytes([4, flags]) + keepalive.to_bytes(2, "big") + text(self.name)
+        if will is not None:
+            connect += text(f"fl/v1/up/{self.name}") + len(will).to_bytes(2, "big") + will
+        self.send(0x10, connect)
+        if wait:
+            assert self.socket.recv(4)[:2] == b"\x20\2"
+            self.subscribe(qos)
+            assert self.socket.recv(5)[:2] == b"\x90\3"
+
+    def subscribe(self, qos=1):
+        self.send(0x82, b"\0\1" + text(f"fl/v1/dn/{self.name}") + bytes([qos]))
+
+    def publish(self, frame, number=None, *, qos=1):
+        """With this packet number, else QoS 0."""
+        self.socket.sendall(self.packet(frame, number, qos=qos))
+
+    def packet(self, frame, number=None, *, qos=1):
+        head = b"" if number is None else number.to_bytes(2, "big")
+        return packet(0x30 if number is None else 0x30 | qos << 1, text(f"fl/v1/up/{self.name}") + head + frame)
+
+    def send(self, kind, body):
+        self.socket.sendall(packet(kind, body))
+
+    def wait_closed(self):
+        """Until the other end ended the connection. Returns what it said before."""
+        said = b""
+        try:
+            while data := self.socket.recv(1 << 16):
+                said += data
+        except (ConnectionError, ssl.SSLError):
+            pass  # without taking leave
+        return said
+
+    def close(self):
+        self.socket.close()
+
+
+def packet(kind, body):
+    size, sizes = len(body), bytearray()
+    while True:
+        size, low = divmod(size, 128)
+        sizes.append(low | (0x80 if size else 0))
+        if not size:
+            return bytes([kind]) + sizes + body
+
+
+def text(words):
+    return len(words).to_bytes(2, "big") + words.encode()
+
+
+def resident(world):
+    """Bytes of the process that the broker is in."""
+    pid = world.broker.pid if world.kind == "mosquitto" else "self"
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+
+
+def wait_for(hub, device):
+    """Until the hub hears of the device. Returns what it said."""
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        for item in hub.receive(0.2):
+            if isinstance(item, Inbound) and item.device == device:
+                return item.frame
+    raise AssertionError("waited in vain")

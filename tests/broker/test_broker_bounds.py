@@ -6,111 +6,35 @@ import socket
 import ssl
 import time
 from collections import OrderedDict
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from parties import DEADLINE_S, Party
+from parties import DEADLINE_S, FRAME, MB, Party, Raw, resident, wait_for
 
 from coordinator.broker import start_broker
 from coordinator.broker.amqtt import STUCK_S, _Broker, _is_stuck, _pass_on
 from coordinator.broker.inside import InsideHub
-from edge_sdk.transport import Connected, Inbound
 from edge_sdk.transport.wire import MAX_FRAME_BYTES
 
-MB = 1_000_000
-FRAME = bytes(MAX_FRAME_BYTES)
 
-
-class Raw:
-    """A device with its own socket, which reads only when it is told to."""
-
-    def __init__(self, world, party):
-        self.name = party.name
-        context = ssl.create_default_context(cafile=world.directory / "ca.pem")
-        context.load_cert_chain(party.certificate, party.key)
-        plain = socket.create_connection(("127.0.0.1", world.listener.port))
-        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        self.socket = context.wrap_socket(plain, server_hostname="127.0.0.1")
-        self.socket.settimeout(DEADLINE_S)
-        self.send(0x10, text("MQTT") + b"\4\2\0\0" + text(self.name))
-        assert self.socket.recv(4)[:2] == b"\x20\2"
-        self.send(0x82, b"\0\1" + text(f"fl/v1/dn/{self.name}") + b"\1")
-        assert self.socket.recv(5)[:2] == b"\x90\3"
-
-    def publish(self, frame, number=None):
-        """QoS 1 with this packet number, else QoS 0."""
-        self.socket.sendall(self.packet(frame, number))
-
-    def packet(self, frame, number=None):
-        head = b"" if number is None else number.to_bytes(2, "big")
-        return packet(0x30 if number is None else 0x32, text(f"fl/v1/up/{self.name}") + head + frame)
-
-    def send(self, kind, body):
-        self.socket.sendall(packet(kind, body))
-
-    def close(self):
-        self.socket.close()
-
-
-def packet(kind, body):
-    size, sizes = len(body), bytearray()
-    while True:
-        size, low = divmod(size, 128)
-        sizes.append(low | (0x80 if size else 0))
-        if not size:
-            return bytes([kind]) + sizes + body
-
-
-def text(words):
-    return len(words).to_bytes(2, "big") + words.encode()
-
-
-def resident(world):
-    """Bytes of the process that the broker is in."""
-    pid = world.broker.pid if world.kind == "mosquitto" else "self"
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
-
-
-def wait_for(hub, device):
-    """Until the hub hears of the device. Returns what it said."""
-    deadline = time.monotonic() + DEADLINE_S
-    while time.monotonic() < deadline:
-        for item in hub.receive(0.2):
-            if isinstance(item, Inbound) and item.device == device:
-                return item.frame
-    raise AssertionError("waited in vain")
-
-
-@pytest.fixture
-def hub(world):
-    hub = world.hub
-    deadline = time.monotonic() + DEADLINE_S
-    while not any(isinstance(item, Connected) for item in hub.receive(0.2)):
-        assert time.monotonic() < deadline
-    return hub
-
-
-@pytest.fixture
-def raw(world, hub):
-    raw = Raw(world, world.alice)
-    yield raw
-    raw.close()
-
-
-def test_a_device_that_does_not_read_what_it_asks_for_costs_no_more_than_its_share(world, hub, raw):
+@pytest.mark.parametrize(
+    ("world", "qos"), [("mosquitto", 1), ("mosquitto", 2), ("amqtt", 0), ("amqtt", 1), ("amqtt", 2)], indirect=["world"]
+)
+def test_a_device_that_does_not_read_what_it_asks_for_costs_no_more_than_its_share(world, hub, qos):
+    raw = Raw(world, world.alice, qos=qos)
     before = resident(world)
     deadline = time.monotonic() + 4 * DEADLINE_S
-    for _ in range(300 * MB // len(FRAME)):
+    for number in range(300 * MB // len(FRAME)):
         while hub.unsent_bytes > 4 * MB:  # as the server looks at it
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        hub.send(raw.name, FRAME)
+        hub.send(raw.name, number.to_bytes(4, "big") + FRAME[4:])  # each with memory of its own, as chunks have
     bob = world.client(world.bob)
     assert bob.outcome == "connected"
     bob.publish(f"fl/v1/up/{world.bob.name}", b"here")
     assert wait_for(hub, world.bob.name) == b"here"
     assert resident(world) - before < 130 * MB
+    raw.close()
 
 
 @pytest.mark.parametrize(("world", "qos"), [("mosquitto", 1), ("amqtt", 0), ("amqtt", 1)], indirect=["world"])
