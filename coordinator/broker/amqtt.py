@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import asyncio.sslproto
 import contextlib
 import logging
-import math
 import ssl
 import threading
 import time
-import weakref
-from collections.abc import Callable, Collection, Coroutine, Iterable
+from collections.abc import Callable, Collection, Coroutine
 from functools import partial
-from typing import Any, SupportsIndex
+from typing import Any
 
 import amqtt.broker
-from amqtt.adapters import ReaderAdapter, StreamReaderAdapter, StreamWriterAdapter, WriterAdapter
+from amqtt.adapters import ReaderAdapter, WriterAdapter
 from amqtt.contexts import Action, ListenerConfig
 from amqtt.errors import AMQTTError, MQTTError, ProtocolHandlerError
-from amqtt.mqtt.connect import ConnectPacket
-from amqtt.mqtt.disconnect import DisconnectPacket
 from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
-from amqtt.mqtt.publish import PublishPacket
 from amqtt.plugins.base import BaseAuthPlugin, BaseTopicPlugin
 from amqtt.session import Session
 from cryptography import x509
@@ -32,14 +26,23 @@ from coordinator.broker import (
     DEVICE_BYTES,
     FIRST_BACKOFF_S,
     LONGEST_BACKOFF_S,
-    MAX_PACKET_BYTES,
     PATIENCE_S,
     STEADY_S,
     Listener,
 )
+from coordinator.broker.connections import (
+    HANDSHAKE_S,
+    LOOK_S,
+    BoundedReader,
+    Handler,
+    Handshake,
+    Records,
+    Stream,
+    Writer,
+    refusals,
+)
 from coordinator.broker.inside import InsideHub
 from coordinator.broker.rules import allowed
-from coordinator.refusals import Refusals
 from edge_sdk.errors import ParameterError
 from edge_sdk.transport.mqtt import DOWN, UP, Credentials
 
@@ -48,23 +51,9 @@ log = logging.getLogger("sordino.broker")
 START_S = 20.0
 END_S = 10.0
 CONNECT_S = 10.0
-HANDSHAKE_S = 15.0
-"""Longer than a device waits for its own end of it."""
-MAX_HANDSHAKES = 512
-"""Begun within HANDSHAKE_S and not done; further ones are ended at once. A stranger's connections must not use up this
-process's descriptors."""
 
 STUCK_S = 30.0
 """A device that takes nothing for so long, while as much as it may have waits for it, is cut off."""
-
-UNREAD_PACKETS = 64
-"""Of one client, read and not yet passed on, or not answered since it does not take the answers: then its socket is not
-read, so that TCP holds it back. While the coordinator does not keep up, one that is not passed on is enough: a fleet's
-clients have as much as this times their number."""
-
-READS_AT_ONCE = 32
-"""From what a client sent, before others have their turn: amqtt makes a task of each packet, and what was read does not
-count before that ran."""
 
 FRAMES_AT_ONCE = 64
 """For devices, between two looks at everything else."""
@@ -74,15 +63,6 @@ MESSAGE_BYTES = 4 << 10
 
 _OLDEST = "sordino.oldest"
 
-READ_BYTES = 17 << 10
-"""Of one client's connection at once: a record of TLS."""
-
-LOOK_S = 0.05
-"""Between two looks whether there is room."""
-
-LONGEST_LOOK_S = 1.0
-"""Between two looks of one of many who look, after several in vain."""
-
 PATIENCE_FACTOR = 1.5
 """How often as long as it promised a client may be silent: MQTT's own rule."""
 
@@ -91,9 +71,6 @@ WATCH_S = 1.0
 
 REFUSED = 0x80
 """What a SUBACK says of a subscription that is refused."""
-
-_refusals = Refusals(log)
-"""amqtt makes its plugins itself: there is no other way to hand them one."""
 
 
 class TopicRules(BaseAuthPlugin, BaseTopicPlugin):  # type: ignore[misc]  # amqtt is untyped
@@ -109,168 +86,8 @@ class TopicRules(BaseAuthPlugin, BaseTopicPlugin):  # type: ignore[misc]  # amqt
             return False
         if allowed(session.client_id, topic, action.value):
             return True
-        _refusals.topic(session.client_id, action.value, topic)
+        refusals.topic(session.client_id, action.value, topic)
         return False
-
-
-class _Stream(asyncio.StreamReader):
-    """Knows when something came last: a packet may take a slow link longer than its client may be silent."""
-
-    heard_s = math.inf
-
-    def feed_data(self, data: Iterable[SupportsIndex]) -> None:
-        self.heard_s = time.monotonic()
-        super().feed_data(data)
-
-
-class _BoundedReader(StreamReaderAdapter):  # type: ignore[misc]
-    """A packet announces its length, up to 256 MB, and is then read whole: more than a frame ends the connection. And
-    amqtt reads on whatever becomes of what it read: here it waits."""
-
-    session: Session | None = None
-    handler: _Handler | None = None
-    is_behind: Callable[[], bool] = staticmethod(lambda: False)
-    """Whether as much waits for the coordinator as may, of all clients."""
-    silence_s = math.inf
-    """How long the client may say nothing, by its own CONNECT."""
-    _is_held = False
-    _reads = 0
-
-    def __init__(self, stream: _Stream) -> None:
-        super().__init__(stream)
-        self._stream = stream
-
-    def is_silent(self, now_s: float) -> bool:
-        """Whether the client says nothing for too long, and is not held back."""
-        return not self._is_held and now_s - self._stream.heard_s > self.silence_s
-
-    async def read(self, n: int = -1) -> bytes:
-        if n > MAX_PACKET_BYTES:
-            raise ConnectionError(f"a packet of {n} bytes is over the limit of {MAX_PACKET_BYTES}")
-        self._reads += 1
-        if self._reads % READS_AT_ONCE == 0:
-            await asyncio.sleep(0)
-        wait_s = LOOK_S
-        while self._is_full():
-            self._is_held = True
-            await asyncio.sleep(wait_s)
-            wait_s = min(2 * wait_s, LONGEST_LOOK_S)
-        if self._is_held:
-            self._is_held, self._stream.heard_s = False, time.monotonic()
-        data: bytes = await super().read(n)
-        return data
-
-    def _is_full(self) -> bool:
-        if self.session is None or self.handler is None:
-            return False
-        unpassed = self.session.delivered_message_queue.qsize()
-        return max(unpassed, self.handler.unanswered) >= UNREAD_PACKETS or (unpassed > 0 and self.is_behind())
-
-
-class _Writer(StreamWriterAdapter):  # type: ignore[misc]
-    def abort(self) -> None:
-        """End the connection at once. When it is closed, asyncio gives the client half a minute to take leave."""
-        self.is_closed = True
-        self._writer.transport.abort()
-
-
-class _Handler(BrokerProtocolHandler):  # type: ignore[misc]
-    """amqtt's end of one connection, where it keeps without bound what a client asks and does not take the answer of,
-    and where it forgets the end of a connection that ends while it begins."""
-
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self._answering = 0
-        self._gone: asyncio.Future[DisconnectPacket | None] = asyncio.get_running_loop().create_future()
-
-    @property
-    def unanswered(self) -> int:
-        """Packets of the client whose answer is not written."""
-        asked: int = self._pending_subscriptions.qsize() + self._pending_unsubscriptions.qsize()
-        return self._answering + asked
-
-    def abort(self) -> None:
-        if isinstance(self.writer, _Writer):
-            self.writer.abort()
-
-    async def wait_disconnect(self) -> DisconnectPacket | None:
-        return await self._gone
-
-    async def handle_disconnect(self, disconnect: DisconnectPacket | None) -> None:
-        """Also for a connection that just ended. The first time counts."""
-        if not self._gone.done():
-            self._gone.set_result(disconnect)
-
-    async def handle_connect(self, connect: ConnectPacket) -> None:
-        await self.handle_connection_closed()  # it may not say CONNECT twice
-
-    async def stop(self) -> None:
-        await self.handle_connection_closed()
-        if self._reader_ready is not None and not self._reader_ready.is_set():
-            # The reader's task is cancelled before its first step, and says neither that it began nor that it ended.
-            self._reader_ready.set()
-            self._reader_stopped.set()
-        await super().stop()
-
-    async def handle_publish(self, publish_packet: PublishPacket) -> None:
-        if publish_packet.qos > 1:  # amqtt would keep it until the client says that it may go
-            name = self.session.client_id
-            _refusals.say(name, f"{name[:16]} is cut off: it publishes with QoS {publish_packet.qos}")
-            self.abort()
-            return
-        await super().handle_publish(publish_packet)
-
-    async def _send_packet(self, packet: Any) -> None:
-        answers = not isinstance(packet, PublishPacket)  # those have a bound of their own: `_has_room`
-        self._answering += answers
-        try:
-            await super()._send_packet(packet)
-        except OSError as error:  # amqtt expects two of the ways in which a connection ends, and prints the others
-            log.debug("a connection ended: %s", error)
-            await self.handle_connection_closed()
-        finally:
-            self._answering -= answers
-
-
-_shaking: weakref.WeakKeyDictionary[_Handshake, float] = weakref.WeakKeyDictionary()
-"""When those began that are not done. A client that just goes away leaves its entry to the garbage collector, so what
-counts is their age."""
-
-
-def _are_too_many(now_s: float) -> bool:
-    return sum(now_s - begun_s < HANDSHAKE_S for begun_s in list(_shaking.values())) >= MAX_HANDSHAKES
-
-
-class _Handshake(ssl.SSLObject):
-    """A handshake that says why it failed: asyncio drops the error, and with it who was refused for what."""
-
-    def do_handshake(self) -> None:
-        try:
-            if self not in _shaking:
-                now_s = time.monotonic()
-                if _are_too_many(now_s):
-                    raise ssl.SSLError(1, f"{MAX_HANDSHAKES} others are under way")
-                _shaking[self] = now_s
-            super().do_handshake()
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):  # it goes on
-            raise
-        except ssl.SSLError as error:
-            _shaking.pop(self, None)
-            _refusals.say("", f"a client was refused in its TLS handshake: {error}")
-            raise
-        _shaking.pop(self, None)
-
-
-class _Records(asyncio.sslproto.SSLProtocol):
-    """asyncio keeps a buffer of 256 kB for each connection, for as long as it lasts. Here all have one: what is read
-    into it is given to OpenSSL before the loop reads from another connection."""
-
-    max_size = READ_BYTES
-    _shared = bytearray(READ_BYTES)
-
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self._ssl_buffer, self._ssl_buffer_view = self._shared, memoryview(self._shared)
 
 
 async def _pass_on(handler: BrokerProtocolHandler, topic: str, data: bytes, qos: int) -> None:
@@ -312,7 +129,7 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
         context.load_cert_chain(listener["certfile"], listener["keyfile"])
         context.load_verify_locations(listener["cafile"])
         context.verify_mode = ssl.CERT_REQUIRED
-        context.sslobject_class = _Handshake
+        context.sslobject_class = Handshake
         return context
 
     async def _create_server_instance(
@@ -321,17 +138,17 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
         # As asyncio.start_server does it, but for the size of the connections' buffers.
         loop, connected = asyncio.get_running_loop(), partial(self.stream_connected, listener_name=listener_name)
 
-        def connection() -> _Records:
-            stream = asyncio.StreamReaderProtocol(_Stream(), connected)
-            return _Records(
+        def connection() -> Records:
+            stream = asyncio.StreamReaderProtocol(Stream(), connected)
+            return Records(
                 loop, stream, ssl_context, None, server_side=True, ssl_handshake_timeout=HANDSHAKE_S,
             )  # fmt: skip
 
         return await loop.create_server(connection, address, port, reuse_address=True)
 
-    async def stream_connected(self, reader: _Stream, writer: asyncio.StreamWriter, listener_name: str) -> None:
+    async def stream_connected(self, reader: Stream, writer: asyncio.StreamWriter, listener_name: str) -> None:
         try:
-            await self._client_connected(listener_name, _BoundedReader(reader), _Writer(writer))
+            await self._client_connected(listener_name, BoundedReader(reader), Writer(writer))
         except (OSError, EOFError, TimeoutError) as error:  # of the connection: amqtt would print a traceback
             log.info("a connection ended: %s", error)
         finally:
@@ -340,12 +157,12 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
     async def _initialize_client_session(
         self, reader: ReaderAdapter, writer: WriterAdapter, remote_address: str, remote_port: int
     ) -> tuple[BrokerProtocolHandler, Session]:
-        connecting = _Handler.init_from_connect(reader, writer, self.plugins_manager)
+        connecting = Handler.init_from_connect(reader, writer, self.plugins_manager)
         handler, session = await asyncio.wait_for(connecting, CONNECT_S)
         name = None if session.ssl_object is None else _peer_name(session.ssl_object)
         reason = self._refusal(name, session)
         if reason is not None:
-            _refusals.say(name or "", f"{(name or 'a stranger')[:16]} from {remote_address} refused: {reason}")
+            refusals.say(name or "", f"{(name or 'a stranger')[:16]} from {remote_address} refused: {reason}")
             session.parent = 0
             handler.attach(session, reader, writer)
             await handler.mqtt_connack_authorize(authorize=False)
@@ -354,7 +171,7 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
         # Every session is a clean one: nothing is kept for who is not there.
         session.clean_session = True
         session.parent = 0
-        if isinstance(reader, _BoundedReader):
+        if isinstance(reader, BoundedReader):
             reader.session, reader.handler, reader.is_behind = session, handler, self._is_behind
             if session.keep_alive:
                 reader.silence_s = PATIENCE_FACTOR * session.keep_alive
@@ -371,14 +188,14 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
             await self.cut(session.client_id)
         reason = self._refusal(session.client_id, session)
         if reason is not None:
-            _refusals.say(session.client_id, f"{session.client_id[:16]} refused while it connected: {reason}")
+            refusals.say(session.client_id, f"{session.client_id[:16]} refused while it connected: {reason}")
             raise MQTTError(reason)
         return authenticated
 
     async def add_subscription(self, subscription: tuple[str, int], session: Session) -> int:
         topic, qos = subscription
         if qos == 0:  # what is on its way then is counted nowhere
-            _refusals.say(session.client_id, f"{session.client_id[:16]} may not subscribe with QoS 0: refused")
+            refusals.say(session.client_id, f"{session.client_id[:16]} may not subscribe with QoS 0: refused")
             return REFUSED
         code: int = await super().add_subscription((topic, 1), session)
         if not self._is_there(session):  # it was cut meanwhile: the place is that of the device's next session
@@ -450,7 +267,7 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
                 continue  # this process stood still: what they said waits to be read
             for name, (_, handler) in tuple(self._sessions.items()):
                 reader = handler.reader
-                if isinstance(reader, _BoundedReader) and reader.is_silent(since_s):
+                if isinstance(reader, BoundedReader) and reader.is_silent(since_s):
                     log.info("%s is cut off: it said nothing for %.0f s", name[:16], reader.silence_s)
                     self._begin(self.cut(name))
 
@@ -460,7 +277,7 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
         # Dropped: it is asked for again. A slow link is no fault; one that takes nothing at all is given up.
         name = session.client_id
         if _is_stuck(session, time.monotonic()) and name not in self._cutting:
-            _refusals.say(name, f"{name[:16]} is cut off: it does not read what it asks for")
+            refusals.say(name, f"{name[:16]} is cut off: it does not read what it asks for")
             self._cutting[name] = asyncio.ensure_future(self._cut_off(name))
         return False
 
@@ -497,13 +314,13 @@ class _Broker(amqtt.broker.Broker):  # type: ignore[misc]
         _, handler = self._sessions[name]
         await self._delete_session(name)
         await handler.handle_connection_closed()
-        if isinstance(handler, _Handler):
+        if isinstance(handler, Handler):
             handler.abort()
         await self._stop_handler(handler)
 
     async def shutdown(self) -> None:
         for _, handler in tuple(self._sessions.values()):  # the loop ends before they would take leave
-            if isinstance(handler, _Handler):
+            if isinstance(handler, Handler):
                 handler.abort()
         await super().shutdown()
 

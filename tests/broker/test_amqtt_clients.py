@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 from parties import DEADLINE_S, FRAME, MB, Party, Raw, packet, resident, text, wait_for
 
-from coordinator.broker.amqtt import Amqtt, TopicRules, _Broker, _Handler, _pass_on
+from coordinator.broker.amqtt import Amqtt, TopicRules, _Broker, _pass_on
+from coordinator.broker.connections import Handler
 from coordinator.broker.inside import InsideHub
 from edge_sdk.transport.wire import Leaving, encode_frame
 
@@ -211,7 +212,7 @@ def session_of(broker, name):
     session.client_id = name
 
     async def handler():
-        return _Handler(broker.plugins_manager, session)
+        return Handler(broker.plugins_manager, session)
 
     return session, broker.run(handler())
 

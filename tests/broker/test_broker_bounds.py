@@ -83,7 +83,8 @@ def test_many_devices_that_send_what_nobody_takes_cost_no_more_than_the_queue_to
 
 @pytest.mark.parametrize("world", ["amqtt"], indirect=True)
 def test_connections_without_a_handshake_are_few_at_a_time_and_end_soon(world, monkeypatch, caplog):
-    monkeypatch.setattr("coordinator.broker.amqtt.MAX_HANDSHAKES", 4)
+    monkeypatch.setattr("coordinator.broker.connections.MAX_HANDSHAKES", 4)
+    monkeypatch.setattr("coordinator.broker.connections.HANDSHAKE_S", 2.0)
     monkeypatch.setattr("coordinator.broker.amqtt.HANDSHAKE_S", 2.0)
     world.broker.close()
     world.broker = start_broker("amqtt", world.listener, None, [])
