@@ -356,8 +356,9 @@ def check_cohort(work: Work, cohort: Cohort) -> None:
         would = f"{_groups(groups)}, or " if groups else ""
         raise ParameterError(
             f"a group needs h + F = {least} contributors, and may have only {max(smallest, 0):.1f} (expected "
-            f"{cohort.expected:g} +- {cohort.spread:g} in {_groups(cohort.groups)}); what would do: {would}a larger "
-            f"cohort, a smaller h, or fewer corrupt devices to allow for"
+            f"{cohort.expected:g} +- {cohort.spread:g} in {_groups(cohort.groups)}; h is `honest`, F the corrupt "
+            f"devices that may be in it, {cohort.corrupt}); what would do: {would}a larger cohort, a smaller h, or "
+            "fewer corrupt devices to allow for ([authority] corrupt_devices)"
         )
     if cohort.n_max < cohort.groups * least:
         raise ParameterError(
